@@ -1,0 +1,3265 @@
+#!/usr/bin/env python3
+"""The ROCK model service in one file: an agent's LLM calls, answered by a trainer.
+
+Inside a sandbox an agent calls an OpenAI endpoint.  This file is that endpoint: it writes every call to a log
+file, hands it to whoever trains the agent, and carries the answer back.
+
+    python3 rock_ms.py demo                                   the whole loop, in two seconds
+    python3 rock_ms.py start --port 8080                      the service, in the background
+    python3 rock_ms.py watch-agent --pid 4242                 end the session when this process ends
+    python3 rock_ms.py anti-call-llm --index 0                wait for request 1 and print it
+    python3 rock_ms.py anti-call-llm --index 1 --response R   answer request 1, wait for request 2
+    python3 rock_ms.py stop
+
+Endpoints: POST /v1/chat/completions, GET /v1/models, POST /v1/agent/watch, GET /health, GET /metrics.
+
+The marker log, `LLMService.log`, holds one record a line:
+
+    LLM_REQUEST_START{request JSON}LLM_REQUEST_END{"timestamp": <ms>, "index": <n>}
+    LLM_RESPONSE_START{response JSON}LLM_RESPONSE_END{"timestamp": <ms>, "index": <n>}
+    SESSION_END
+
+It needs Python 3.7 or newer on a POSIX system and nothing else, and it imports nothing of ours: copy this one file
+into any sandbox image.  It is read from top to bottom; each section uses only what stands above it:
+
+    Names and limits . Errors . JSON text . Marker records . HTTP messages . Completions as streams . Settings
+    . Files . Marker log . Anti-call . Trajectory . Processes . HTTP server . Local service . Command line
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass, field, fields
+
+# Imports that only the running service needs stand in the functions that need them: `anti-call-llm` runs once a
+# turn, and http.server alone would double the time it takes to start.
+
+# ======================================================================================================================
+# Names and limits: the words of the wire formats, and every bound, with its reason.
+# ======================================================================================================================
+
+__version__ = "0.1.0"
+
+REQUEST_START_MARKER = "LLM_REQUEST_START"
+REQUEST_END_MARKER = "LLM_REQUEST_END"
+RESPONSE_START_MARKER = "LLM_RESPONSE_START"
+RESPONSE_END_MARKER = "LLM_RESPONSE_END"
+SESSION_END_MARKER = "SESSION_END"
+
+LOG_FILE_NAME = "LLMService.log"
+TRAJ_FILE_NAME = "LLMTraj.jsonl"
+STATE_FILE_NAME = "LLMService.json"
+LOCK_FILE_NAME = "LLMService.lock"
+DEFAULT_DATA_DIR = "/data/logs"
+FALLBACK_DATA_DIR = "~/.rock/logs"
+
+EXIT_FAILED, EXIT_USAGE, EXIT_NOT_YET = 1, 2, 75
+
+MAX_HEAD_BYTES = 64 * 1024  # request line and header fields together; agents send long tokens, not novels
+MAX_TARGET_BYTES = 8 * 1024  # what RFC 9112 asks every server to support as a request line
+MAX_CHUNK_LINE_BYTES = 1024  # a chunk's size and its extensions, which nobody uses and an attacker could
+MAX_BODY_BYTES = 256 * 1024 * 1024  # a long conversation with images is tens of MB
+HEAD_SECONDS = 30.0  # from a request's first byte to the end of its header
+IDLE_SECONDS = 600.0  # between requests: an agent that runs a tool for minutes keeps its connection
+BODY_GRACE_SECONDS = 30.0  # a body may take this long, and one second more for each of the next:
+BODY_BYTES_PER_SECOND = 16 * 1024
+SEND_SECONDS = 60.0  # for each piece of this size that a client does not take:
+SEND_PIECE_BYTES = 256 * 1024
+LINGER_SECONDS = 2.0  # after an early refusal we read on so long, or the client sees a reset and not the reason
+STOP_SECONDS = 5.0  # how long open connections may take to finish when the service stops
+BACKLOG = 1024  # connections waiting to be accepted; the default of five drops a burst of agents
+
+READ_BLOCK_BYTES = 1024 * 1024
+SCAN_BLOCK_BYTES = 256 * 1024
+LOCK_SECONDS = 10.0  # a log is locked for well under a millisecond at a time
+MIN_POLL_SECONDS = 0.002
+POLL_FRACTION = 0.02  # a poll waits this share of the time already waited: a turn is delayed by 2 % at most
+IDLE_POLL_SECONDS = 1.0  # nobody waits for an answer, only another writer's SESSION_END can come
+WATCH_SECONDS = 0.2  # how often a watched process is looked at
+GONE_SECONDS = 30.0  # how long anti-call-llm lets the service be away, for a restart with --resume
+LIVENESS_SECONDS = 1.0  # how often it looks
+PROBE_SECONDS = 0.2  # how long such a look may keep a starting service from its lock, and far more than it does
+MAX_FINISHED_TURNS = 4096  # remembered for an agent's late retry; each costs some 300 bytes
+MAX_MODEL_NAMES = 100  # listed by /v1/models; the names come from the agent
+
+
+# ======================================================================================================================
+# Errors: what this module raises on purpose. Each carries what the command line or the HTTP server does with it.
+# ======================================================================================================================
+
+
+class RockError(Exception):
+    """Something failed that the user can do something about; the message says what.  Exit code 1."""
+
+    exit_code = EXIT_FAILED
+
+
+class UsageError(RockError):
+    """A command, flag, setting or payload that cannot be meant.  Exit code 2."""
+
+    exit_code = EXIT_USAGE
+
+
+class NotYet(RockError):
+    """What was waited for has not come within the time given; the same call may be repeated.  Exit code 75."""
+
+    exit_code = EXIT_NOT_YET
+
+
+class StorageError(RockError):
+    """A file of ours could not be read or written."""
+
+
+class ClientGone(Exception):
+    """The HTTP client hung up, or takes no more bytes: there is nobody left to answer."""
+
+
+ERROR_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+}
+
+
+class ApiError(RockError):
+    """An error to be answered over HTTP, in OpenAI's shape.
+
+    status: the HTTP status, 400 to 599.  code: a word for programs, as `session_ended`.  param: the offending field
+    of the request.  headers: (name, value) pairs to send along.
+    """
+
+    def __init__(self, status, message, code=None, param=None, headers=()):
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param
+        self.headers = tuple(headers)
+
+    def body(self) -> bytes:
+        """The error as `{"error": {"message", "type", "param", "code"}}` in UTF-8."""
+        kind = ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        return dump_json({"error": error}).encode("utf-8")
+
+
+class ProtocolError(ApiError):
+    """A message that is malformed or ambiguous as HTTP.  The connection cannot be used after it."""
+
+
+# ======================================================================================================================
+# JSON text: payloads stay the text their author wrote, so that no number, key order or escape is changed on the way.
+# ======================================================================================================================
+
+_STRING_OR_SPACE = re.compile(r'("[^"\\]*(?:\\.[^"\\]*)*")|[ \t\r\n]+')
+
+
+def _refuse_constant(name):
+    raise ValueError("%s is not a JSON value" % name)
+
+
+def parse_json(text: str) -> object:
+    """The value of a JSON text by RFC 8259: NaN and Infinity are refused.
+
+    Raises ValueError, whose message says what is wrong and where; also for nesting too deep to be read.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply") from None
+
+
+def compact_json(text: str) -> str:
+    """A valid JSON text without the white space between its tokens: one line, every token as it was written."""
+    return _STRING_OR_SPACE.sub(r"\1", text)
+
+
+def dump_json(value: object) -> str:
+    """A value as one line of JSON that can be encoded as UTF-8, lone surrogates included."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, separators=(",", ":"))
+    return text
+
+
+def json_object(text: str, what: str) -> tuple[str, dict]:
+    """Check that `text` is one JSON object; return it as one line, and its value.  Raises ValueError naming `what`."""
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        raise ValueError("%s is not JSON: %s" % (what, error)) from None
+    if not isinstance(value, dict):
+        raise ValueError("%s must be a JSON object, got %s" % (what, json_type(value)))
+    return compact_json(text), value
+
+
+def json_type(value: object) -> str:
+    """JSON's own word for the type of a parsed value."""
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+# ======================================================================================================================
+# Marker records: the lines of the marker log, without I/O.
+#
+#   Grammar      line    = (request | response | "SESSION_END") LF
+#                request = "LLM_REQUEST_START"  json "LLM_REQUEST_END"  meta     ; written by the service
+#                response= "LLM_RESPONSE_START" json "LLM_RESPONSE_END" meta     ; written by the trainer's side
+#                meta    = {"timestamp": milliseconds, "index": n}               ; n = 1, 2, 3, ...
+#   Writing      A marker word inside a JSON string is data: its last underscore is written \u005f, which is the same
+#                JSON.  (A marker word cannot stand outside a string, nor overlap an escape, in valid JSON.)
+#   Reading      A marker counts only where it stands structurally: a START at the start of the line, the last END
+#                before the metadata, SESSION_END as the whole line.  So ROCK's own records, unescaped, are read too.
+#   After a      A line that is no record is passed over.  One exception: ROCK's client appends right behind a torn
+#   crash        line, so a line that starts torn may still end in a whole record, told by its JSON being valid.
+# ======================================================================================================================
+
+_MARKER_WORD = re.compile(r"(LLM_(?:REQUEST|RESPONSE))_(START|END)|(SESSION)_(END)")
+_KINDS = (
+    ("request", REQUEST_START_MARKER.encode(), REQUEST_END_MARKER.encode()),
+    ("response", RESPONSE_START_MARKER.encode(), RESPONSE_END_MARKER.encode()),
+)
+SESSION_END_LINE = SESSION_END_MARKER.encode() + b"\n"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of the marker log.
+
+    kind: "request", "response" or "end".  index: the turn, from 1; 0 for "end".  body: the JSON text in UTF-8, as it
+    stands in the log.  offset: where in the file the line starts, in bytes.
+    """
+
+    kind: str
+    index: int = 0
+    body: bytes = b""
+    offset: int = 0
+
+    @property
+    def text(self) -> str:
+        """The body as text, marker words escaped, whoever wrote it."""
+        return escape_markers(self.body.decode("utf-8", "replace"))
+
+
+def escape_markers(text: str) -> str:
+    """The same JSON without a marker word in it."""
+    if "_START" not in text and "_END" not in text:
+        return text
+    return _MARKER_WORD.sub(lambda m: "%s\\u005f%s" % (m.group(1) or m.group(3), m.group(2) or m.group(4)), text)
+
+
+def encode_record(kind: str, text: str, index: int, timestamp_ms: int) -> bytes:
+    """A record's line, newline included.  `text` is valid JSON on one line (see `json_object`)."""
+    start, end = next((start, end) for name, start, end in _KINDS if name == kind)
+    meta = '{"timestamp": %d, "index": %d}\n' % (timestamp_ms, index)
+    return b"".join((start, escape_markers(text).encode("utf-8"), end, meta.encode()))
+
+
+def parse_record(line: bytes, offset: int = 0) -> Record | None:
+    """The record a line holds, or None where it holds none.  `line` comes without its newline."""
+    line = line.rstrip(b"\r")
+    if line == SESSION_END_MARKER.encode():
+        return Record("end", offset=offset)
+    for kind, start, end in _KINDS:
+        if line.startswith(start):
+            record = _parse_body(kind, line[len(start) :], end, offset)
+            if record and (not _holds_start(record.body) or _is_json(record.body)):
+                return record
+            return _parse_behind_torn(line, offset) or record
+    return None
+
+
+def _parse_body(kind, rest, end, offset):
+    at = rest.rfind(end)
+    if at < 0:
+        return None
+    try:
+        index = parse_json(rest[at + len(end) :].decode("ascii")).get("index")
+    except (ValueError, AttributeError):
+        return None
+    if type(index) is not int or index < 1:
+        return None
+    return Record(kind, index, rest[:at], offset)
+
+
+def _holds_start(body):
+    return any(start in body for _, start, _ in _KINDS)
+
+
+def _is_json(body):
+    try:
+        parse_json(body.decode("utf-8"))
+    except ValueError:
+        return False
+    return True
+
+
+def _parse_behind_torn(line, offset):
+    at = max(line.rfind(start) for _, start, _ in _KINDS)
+    for kind, start, end in _KINDS:
+        if at > 0 and line.startswith(start, at):
+            record = _parse_body(kind, line[at + len(start) :], end, offset)
+            if record and _is_json(record.body):
+                return record
+    return None
+
+
+# ======================================================================================================================
+# HTTP messages: RFC 9112 as a server that forwards and records must read it, without I/O. What is malformed, or could
+# be read in two ways by two programs, is refused and never repaired.
+# ======================================================================================================================
+
+_TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+\Z")
+_FIELD_VALUE = re.compile(rb"[\t \x21-\x7e\x80-\xff]*\Z")
+_TARGET = re.compile(rb"[\x21-\x7e]+\Z")
+_BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n)")
+_VERSION = re.compile(rb"HTTP/([0-9])\.([0-9])\Z")
+_JSON_TYPE = re.compile(r"application/(?:[\w.+-]+\+)?json\Z")
+
+
+@dataclass(frozen=True)
+class RequestHead:
+    """A request's first line and header.
+
+    path: the target's path, percent-escapes as sent, without a trailing slash.  query: what follows "?".  headers:
+    (lower-case name, value) pairs in order.  content_length: bytes, None where the message has no such field.
+    """
+
+    method: str
+    path: str
+    query: str
+    is_http10: bool
+    headers: tuple = ()
+    content_length: int | None = None
+    is_chunked: bool = False
+    expects_continue: bool = False
+    keep_alive: bool = True
+
+    def header(self, name: str, default: str | None = None) -> str | None:
+        """The first field of that lower-case name."""
+        return next((value for key, value in self.headers if key == name), default)
+
+    @property
+    def has_body(self) -> bool:
+        """Whether body bytes follow the header."""
+        return self.is_chunked or bool(self.content_length)
+
+
+def parse_request_head(head: bytes) -> RequestHead:
+    """Read a request's header, given without its final empty line.  Raises ProtocolError with the status to answer."""
+    if _BARE_LINE_END.search(head):
+        raise ProtocolError(400, "a line of the request header does not end in CRLF")
+    first, *lines = head.split(b"\r\n")
+    method, target, is_http10 = _parse_request_line(first)
+    headers = tuple(_parse_field(line) for line in lines)
+    return RequestHead(
+        method,
+        *_split_target(target),
+        is_http10=is_http10,
+        headers=headers,
+        keep_alive=not is_http10 and "close" not in _tokens(headers, "connection"),
+        **_parse_framing(headers, is_http10),
+    )
+
+
+def _parse_request_line(line):
+    parts = line.split(b" ")
+    if len(parts) != 3:
+        raise ProtocolError(400, "the request line is not 'METHOD target HTTP/1.1'")
+    method, target, version = parts
+    if not _TOKEN.match(method):
+        raise ProtocolError(400, "the request method is not a token")
+    if len(target) > MAX_TARGET_BYTES:
+        raise ProtocolError(414, "the request target is longer than %d bytes" % MAX_TARGET_BYTES)
+    if not _TARGET.match(target):
+        raise ProtocolError(400, "the request target has a character that must be percent-encoded")
+    numbers = _VERSION.match(version)
+    if not numbers:
+        raise ProtocolError(400, "the request line does not end in HTTP/1.1")
+    if numbers.group(1) != b"1":
+        raise ProtocolError(505, "this server speaks HTTP/1.1 and HTTP/1.0")
+    return method.decode(), target.decode(), numbers.group(2) == b"0"
+
+
+def _split_target(target):
+    if target.lower().startswith(("http://", "https://")):
+        target = "/" + target.split("//", 1)[1].partition("/")[2]
+    path, _, query = target.partition("?")
+    return path.rstrip("/") or "/", query
+
+
+def _parse_field(line):
+    if line[:1] in (b" ", b"\t"):
+        raise ProtocolError(400, "a header field is folded over two lines")
+    name, colon, value = line.partition(b":")
+    if not colon or not _TOKEN.match(name):
+        raise ProtocolError(400, "a header line is not 'Name: value'")
+    if not _FIELD_VALUE.match(value):
+        raise ProtocolError(400, "the header field %s has a control character" % name.decode())
+    return name.decode().lower(), value.strip(b" \t").decode("latin-1")
+
+
+def _values(headers, name):
+    return [value for key, value in headers if key == name]
+
+
+def _tokens(headers, name):
+    return [token.strip().lower() for value in _values(headers, name) for token in value.split(",")]
+
+
+def _parse_framing(headers, is_http10):
+    """Where the body ends (RFC 9112, section 6), as fields of RequestHead."""
+    lengths, codings = _values(headers, "content-length"), _values(headers, "transfer-encoding")
+    if len(_values(headers, "host")) != 1 and not (is_http10 and not _values(headers, "host")):
+        raise ProtocolError(400, "a request needs exactly one Host field")
+    if lengths and codings:
+        raise ProtocolError(400, "both Content-Length and Transfer-Encoding: where the body ends is ambiguous")
+    if len(lengths) > 1 or any(not re.match(r"[0-9]{1,18}\Z", length) for length in lengths):
+        raise ProtocolError(400, "Content-Length must be one decimal number, got %r" % ", ".join(lengths))
+    if codings and is_http10:
+        raise ProtocolError(400, "Transfer-Encoding in an HTTP/1.0 request")
+    if codings and [coding.lower() for coding in codings] != ["chunked"]:
+        raise ProtocolError(501, "the only transfer coding understood is 'chunked', got %r" % ", ".join(codings))
+    expectations = _tokens(headers, "expect")
+    if expectations and (expectations != ["100-continue"]):
+        raise ProtocolError(417, "the only expectation understood is '100-continue'")
+    return {
+        "content_length": int(lengths[0]) if lengths else None,
+        "is_chunked": bool(codings),
+        "expects_continue": bool(expectations) and not is_http10,
+    }
+
+
+def parse_chunk_size(line: bytes) -> int:
+    """The size on a chunk's first line; extensions are ignored.  Raises ProtocolError."""
+    size = line.split(b";", 1)[0].rstrip(b" \t")
+    if not re.match(rb"[0-9A-Fa-f]{1,15}\Z", size):
+        raise ProtocolError(400, "a chunk of the body has no valid size")
+    return int(size, 16)
+
+
+def response_head(status: int, headers: list) -> bytes:
+    """A response's first line and header, from (name, value) pairs.
+
+    Raises ValueError for a name or value that would break the header: what is reflected cannot split a response.
+    """
+    from http.client import responses
+
+    lines = ["HTTP/1.1 %d %s" % (status, responses.get(status, "Unknown"))]
+    for name, value in headers:
+        if not _TOKEN.match(name.encode("latin-1")) or not _FIELD_VALUE.match(str(value).encode("latin-1")):
+            raise ValueError("the response header %r cannot be sent" % name)
+        lines.append("%s: %s" % (name, value))
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+def check_json_type(content_type: str | None, content_encoding: str | None) -> None:
+    """Refuse, with 415, a body that says it is not UTF-8 JSON.  No Content-Type at all is taken for JSON."""
+    if content_encoding and content_encoding.lower() != "identity":
+        raise ApiError(415, "Content-Encoding %s is not understood: send the body uncompressed" % content_encoding)
+    if content_type is None:
+        return
+    media_type, _, parameters = content_type.partition(";")
+    if not _JSON_TYPE.match(media_type.strip().lower()):
+        raise ApiError(415, "Content-Type is %s: send application/json" % (media_type.strip() or "empty"))
+    charset = re.search(r"charset\s*=\s*\"?([\w-]+)", parameters, re.IGNORECASE)
+    if charset and charset.group(1).lower() not in ("utf-8", "utf8", "us-ascii"):
+        raise ApiError(415, "the body's charset is %s: send UTF-8" % charset.group(1))
+
+
+# ======================================================================================================================
+# Completions as streams: a whole answer, as the Server-Sent Events that a streaming client would have seen.
+# ======================================================================================================================
+
+SSE_HEADERS = (("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"))
+SSE_TYPE = "text/event-stream; charset=utf-8"
+SSE_DONE = b"data: [DONE]\n\n"
+SSE_HEARTBEAT = b":\n"  # a comment line; an empty line after it would end an event, and some clients parse that as one
+JSON_HEARTBEAT = b" "
+_MESSAGE_KEYS = ("role", "content", "reasoning_content", "tool_calls", "function_call", "refusal")
+_EVERY_CHUNK_KEYS = ("id", "created", "model", "system_fingerprint", "service_tier")
+
+
+def sse_event(value: object) -> bytes:
+    """One event of a stream."""
+    return b"data: " + dump_json(value).encode("utf-8") + b"\n\n"
+
+
+def completion_chunks(answer: dict, request: dict, index: int, now: float) -> list:
+    """The `chat.completion.chunk` objects that add up to a completion.
+
+    answer: the completion as the trainer wrote it; a bare message (`{"content": ...}`) will do, as in ROCK's tests.
+    request: the agent's request, for `model` and `stream_options.include_usage`.  index: the turn, for ids that are
+    missing.  now: seconds, for a missing `created`.  Raises ValueError for an answer with neither choices nor message.
+    """
+    base = {"id": "chatcmpl-%d" % index, "created": int(now), "model": request.get("model", "")}
+    base.update((key, answer[key]) for key in _EVERY_CHUNK_KEYS if answer.get(key) is not None)
+    base["object"] = "chat.completion.chunk"
+    known = _EVERY_CHUNK_KEYS + _MESSAGE_KEYS + ("choices", "usage", "object")
+    extra = {key: value for key, value in answer.items() if key not in known}
+    chunks = []
+    for position, choice in enumerate(_choices(answer)):
+        for delta in _choice_deltas(choice, position, index):
+            chunks.append({**base, **({} if chunks else extra), "choices": [delta]})
+    options = request.get("stream_options")
+    if isinstance(options, dict) and options.get("include_usage") and answer.get("usage") is not None:
+        chunks.append({**base, "choices": [], "usage": answer["usage"]})
+    return chunks
+
+
+def _choices(answer):
+    choices = answer.get("choices")
+    if choices is None and any(key in answer for key in _MESSAGE_KEYS):
+        return [{"message": {key: answer[key] for key in _MESSAGE_KEYS if key in answer}}]
+    if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
+        raise ValueError("the answer has neither 'choices' nor a message's 'content'")
+    return choices
+
+
+def _choice_deltas(choice, position, index):
+    """The `choices[0]` of each chunk that one choice becomes."""
+    message = choice.get("message")
+    if message is None:
+        message = {"content": choice.get("text")}
+    if not isinstance(message, dict):
+        raise ValueError("choices[%d].message must be an object, got %s" % (position, json_type(message)))
+    number = choice["index"] if type(choice.get("index")) is int else position
+    calls = _tool_call_deltas(message.get("tool_calls"), number, index)
+    rest = {k: v for k, v in message.items() if k not in ("role", "content", "tool_calls") and v is not None}
+    content = message.get("content")
+    deltas = [{"role": message.get("role") or "assistant"}]
+    deltas += [{key: rest.pop(key)} for key in ("reasoning_content", "reasoning") if key in rest]
+    deltas += [{"content": content}] if content is not None else []
+    deltas += [{"tool_calls": [call]} for call in calls]
+    deltas += [rest] if rest else []
+    extra = {k: v for k, v in choice.items() if k not in ("index", "message", "text", "delta", "finish_reason")}
+    for delta in deltas:
+        yield {"index": number, "delta": delta, "finish_reason": None}
+    finish = choice.get("finish_reason") or ("tool_calls" if calls else "stop")
+    yield {"index": number, "delta": {}, "finish_reason": finish, **extra}
+
+
+def _tool_call_deltas(calls, choice_number, index):
+    """Tool calls as a stream carries them: numbered, with an id, their arguments a string."""
+    if calls is None:
+        return []
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise ValueError("tool_calls must be an array of objects")
+    deltas = []
+    for position, call in enumerate(calls):
+        delta = {"type": "function", **call, "index": position}
+        delta["id"] = call.get("id") or "call_%d_%d_%d" % (index, choice_number, position)
+        function = call.get("function")
+        if isinstance(function, dict) and not isinstance(function.get("arguments", ""), str):
+            delta["function"] = {**function, "arguments": dump_json(function["arguments"])}
+        deltas.append(delta)
+    return deltas
+
+
+_STATUS_BY_WORD = {
+    "invalid_request_error": 400,
+    "context_length_exceeded": 400,
+    "authentication_error": 401,
+    "invalid_api_key": 401,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "model_not_found": 404,
+    "timeout_error": 408,
+    "rate_limit_error": 429,
+    "rate_limit_exceeded": 429,
+    "insufficient_quota": 429,
+    "overloaded_error": 503,
+}
+
+
+def error_status(answer: dict) -> int | None:
+    """The HTTP status of an answer that is an error object, None for any other answer.
+
+    Understood are OpenAI's `{"error": {...}}` and vLLM's `{"object": "error", ...}`.  The status is the one named by
+    `status`, `status_code` or a numeric `code`, else the usual one of its `type` or `code`, else 500.
+    """
+    error = answer.get("error")
+    if answer.get("object") == "error":
+        error = answer
+    if not error or "choices" in answer:
+        return None
+    details = error if isinstance(error, dict) else {}
+    for value in [source.get(key) for key in ("status", "status_code", "code") for source in (details, answer)]:
+        if re.match(r"[45][0-9][0-9]\Z", str(value)):
+            return int(value)
+    words = (details.get("code"), details.get("type"))
+    return next((_STATUS_BY_WORD[word] for word in words if isinstance(word, str) and word in _STATUS_BY_WORD), 500)
+
+
+# ======================================================================================================================
+# Settings: one dataclass says what can be set; flags, environment, config file, help and README follow its fields.
+# ======================================================================================================================
+
+
+def _as_text(value):
+    if not isinstance(value, str) or not value:
+        raise ValueError("must be a text that is not empty")
+    return value
+
+
+def _as_port(value):
+    if isinstance(value, bool) or not re.match(r"[0-9]{1,5}\Z", str(value)) or int(value) > 65535:
+        raise ValueError("must be a whole number from 0 to 65535 (0: any free port)")
+    return int(value)
+
+
+def _as_seconds(value):
+    try:
+        seconds = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        seconds = float("nan")
+    if not 0 < seconds < 1e9:
+        raise ValueError("must be a number of seconds above 0")
+    return seconds
+
+
+def _as_wait(value):
+    return None if value is None or str(value).lower() in ("none", "unlimited") else _as_seconds(value)
+
+
+def _as_flag(value):
+    words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+    if str(value).lower() not in words:
+        raise ValueError("must be true or false")
+    return words[str(value).lower()]
+
+
+def _as_bytes(value):
+    if isinstance(value, bool) or not re.match(r"[0-9]{1,15}\Z", str(value)) or int(value) < 1:
+        raise ValueError("must be a whole number of bytes above 0")
+    return int(value)
+
+
+def _as_service_type(value):
+    if value == "proxy":
+        raise ValueError("'proxy' is not in this version, which has the local service only")
+    if value != "local":
+        raise ValueError("must be local")
+    return value
+
+
+def _as_url(value):
+    if not re.match(r"https?://[^\s/?#]+[^\s?#]*\Z", str(value)):
+        raise ValueError("must be a base URL, as https://host/v1")
+    return str(value).rstrip("/")
+
+
+def _as_rules(value):
+    if not isinstance(value, dict):
+        raise ValueError("must be a mapping of model names to base URLs")
+    return {str(model): _as_url(url) for model, url in value.items()}
+
+
+def _as_status_codes(value):
+    codes = value if isinstance(value, list) else str(value).split(",")
+    if not all(re.match(r" *[1-5][0-9][0-9] *\Z", str(code)) for code in codes):
+        raise ValueError("must be HTTP status codes, as 429,500")
+    return tuple(int(code) for code in codes)
+
+
+def _setting(default, parse, help, env=None, flag=None, secret=False):
+    meta = {"parse": parse, "help": help, "env": env, "flag": flag, "secret": secret}
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """What `start` can be told.  Precedence: command line, environment, config file, default."""
+
+    type: str = _setting("local", _as_service_type, "what answers: local (a trainer)", flag="--type")
+    host: str = _setting("0.0.0.0", _as_text, "address to listen on", "SERVICE_HOST", "--host")
+    port: int = _setting(8080, _as_port, "port to listen on, 0 for any free one", "SERVICE_PORT", "--port")
+    api_key: str | None = _setting(
+        None, _as_text, "bearer token that clients must send", "ROCK_MODEL_SERVICE_API_KEY", "--api-key", secret=True
+    )
+    request_timeout: float | None = _setting(
+        None, _as_wait, "seconds a call waits for its answer; none: no limit", "REQUEST_TIMEOUT", "--request-timeout"
+    )
+    # Load balancers cut a connection after 60 s of silence.
+    heartbeat_seconds: float = _setting(
+        30.0, _as_seconds, "seconds of silence after which a waiting client gets a sign of life", "HEARTBEAT_SECONDS"
+    )
+    polling_interval_seconds: float = _setting(
+        0.1, _as_seconds, "longest time that a finished answer may lie unseen", "POLLING_INTERVAL_SECONDS"
+    )
+    max_body_bytes: int = _setting(MAX_BODY_BYTES, _as_bytes, "largest request body", "MAX_BODY_BYTES")
+    log_file: str | None = _setting(None, _as_text, "marker log; default: LLMService.log in the data dir", "LOG_FILE")
+    traj_append_mode: bool = _setting(
+        False, _as_flag, "go on with an earlier LLMTraj.jsonl", "ROCK_MODEL_SERVICE_TRAJ_APPEND_MODE"
+    )
+    logging_path: str | None = _setting(
+        None, _as_text, "directory of the service's own log; default: the data dir", "ROCK_LOGGING_PATH"
+    )
+    logging_file_name: str = _setting(
+        "model_service.log", _as_text, "name of the service's own log", "ROCK_LOGGING_FILE_NAME"
+    )
+    proxy_base_url: str | None = _setting(None, _as_url, "proxy type: where every call goes", flag="--proxy-base-url")
+    proxy_rules: dict = _setting(
+        {"gpt-3.5-turbo": "https://api.openai.com/v1", "default": "https://api-inference.modelscope.cn/v1"},
+        _as_rules,
+        "proxy type: where the calls of each model go",
+    )
+    retryable_status_codes: tuple = _setting(
+        (429, 500), _as_status_codes, "proxy type: answers worth another attempt", flag="--retryable-status-codes"
+    )
+
+
+def resolve_settings(cls: type, flags: dict, environ: dict, config_file: str | None) -> object:
+    """An instance of a settings dataclass.  Raises UsageError that names the source, the value and what is allowed.
+
+    flags: by field name, None where not given.  environ: as os.environ; an empty value counts as not set.
+    """
+    config = read_config_file(config_file, [f.name for f in fields(cls)]) if config_file else {}
+    values = {}
+    for spec in fields(cls):
+        flag, env = spec.metadata["flag"], spec.metadata["env"]
+        if flags.get(spec.name) is not None:
+            source, raw = flag, flags[spec.name]
+        elif env and environ.get(env):
+            source, raw = env, environ[env]
+        elif spec.name in config and (config[spec.name] is not None or spec.default is None):
+            source, raw = "%s: %s" % (config_file, spec.name), config[spec.name]
+        else:
+            continue
+        try:
+            values[spec.name] = None if raw is None else spec.metadata["parse"](raw)
+        except ValueError as error:
+            got = "" if spec.metadata["secret"] else ", got %r" % (raw,)
+            raise UsageError("%s: %s%s" % (source, error, got)) from None
+    return cls(**values)
+
+
+def read_config_file(path: str, known: list) -> dict:
+    """The settings in a config file, JSON or YAML.  Raises UsageError; a key that is not `known` names the nearest."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError("cannot read the config file %s: %s" % (path, error)) from None
+    try:
+        is_json = text.lstrip().startswith("{")
+        config = parse_json(text) if is_json else parse_yaml(text)
+    except ValueError as error:
+        raise UsageError("%s: %s" % (path, error)) from None
+    if config is None:
+        return {}
+    if not isinstance(config, dict):
+        raise UsageError("%s: settings must be a mapping, got %s" % (path, json_type(config)))
+    for key in config:
+        if key not in known:
+            raise UsageError("%s: unknown setting %r%s" % (path, key, did_you_mean(str(key), known)))
+    return config
+
+
+def did_you_mean(word: str, known: list) -> str:
+    """A hint at the nearest of `known`, or what there is."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(word, known, 1)
+    return "; did you mean %r?" % near[0] if near else "; known are %s" % ", ".join(known)
+
+
+def resolve_data_dir(flag: str | None, environ: dict) -> str:
+    """The directory of log, trajectory and state: --data-dir, ROCK_MODEL_SERVICE_DATA_DIR, /data/logs, ~/.rock/logs.
+
+    Every command finds it in this same way.  /data/logs counts where it can be written or made.
+    """
+    chosen = flag or environ.get("ROCK_MODEL_SERVICE_DATA_DIR")
+    if chosen:
+        return os.path.abspath(os.path.expanduser(chosen))
+    existing = DEFAULT_DATA_DIR
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    if os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK):
+        return DEFAULT_DATA_DIR
+    return os.path.expanduser(FALLBACK_DATA_DIR)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# YAML, the part that configuration files are written in: mappings, lists in both styles, plain and quoted scalars,
+# comments. What it reads, it reads as PyYAML does; whatever else YAML has, or means differently in its versions, is
+# refused with its line number.
+# ----------------------------------------------------------------------------------------------------------------------
+
+_YAML_WORDS = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
+    **{word: True for base in ("yes", "true", "on") for word in (base, base.title(), base.upper())},
+    **{word: False for base in ("no", "false", "off") for word in (base, base.title(), base.upper())},
+}
+_YAML_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)\Z")
+_YAML_FLOAT = re.compile(r"[-+]?(0|[1-9][0-9]*)\.[0-9]*\Z")
+_YAML_AMBIGUOUS = re.compile(
+    r"([-+]?0[0-7_]+|[-+]?0[oxXbB][0-9a-fA-F_]+|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?|[-+]?[0-9][0-9_]*\.?[0-9_]*"
+    r"([eE][-+]?[0-9]+)?|[-+]?\.[0-9_]+([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)|<<|=|[yYnN]"
+    r"|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([Tt \t].*)?)\Z"
+)
+_YAML_ESCAPES = dict(zip('0abtnvfre"\\/ ', '\0\a\b\t\n\v\f\r\x1b"\\/ '))
+_YAML_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))")
+_YAML_QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"|\'((?:[^\']|\'\')*)\'')
+_YAML_PLAIN_IN_FLOW = re.compile(r"(?:[^,\[\]{}#:]|:(?![\s,\[\]{}]|$)|(?<!\s)#)*")
+_YAML_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
+_YAML_MAX_DEPTH = 32
+
+
+def parse_yaml(text: str) -> object:
+    """The value of a YAML text.  Raises ValueError that starts with the line number."""
+    lines = []
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):
+        content = line.strip(" ")
+        if _YAML_UNPRINTABLE.search(line):
+            raise _yaml_error(number, "a control character: use an escape in double quotes")
+        if not content or content.startswith("#") or (content == "---" and not lines):
+            continue
+        if line.lstrip(" ").startswith("\t"):
+            raise _yaml_error(number, "a tab in the indentation: use spaces")
+        if line.startswith(("---", "...", "%")):
+            raise _yaml_error(number, "several documents and directives are not understood")
+        lines.append((number, len(line) - len(line.lstrip(" ")), content))
+    if not lines:
+        return None
+    return _YamlBlock(lines).read()
+
+
+def _yaml_error(number, message):
+    return ValueError("line %d: %s" % (number, message))
+
+
+class _YamlBlock:
+    """Reads lines of (number, indentation, content) as nested blocks."""
+
+    def __init__(self, lines):
+        self._lines = lines
+        self._at = 0
+
+    def read(self):
+        value = self._block(self._lines[0][1], 0)
+        if self._at < len(self._lines):
+            raise _yaml_error(self._lines[self._at][0], "the indentation fits no line above")
+        return value
+
+    def _peek(self):
+        return self._lines[self._at] if self._at < len(self._lines) else (0, -1, "")
+
+    def _block(self, indent, depth):
+        number, _, content = self._peek()
+        if depth > _YAML_MAX_DEPTH:
+            raise _yaml_error(number, "nested too deeply")
+        if content == "-" or content.startswith("- "):
+            return self._list(indent, depth)
+        if self._split_key(number, content) is None:
+            self._at += 1
+            return _yaml_value(number, content)
+        return self._mapping(indent, depth)
+
+    def _list(self, indent, depth):
+        items = []
+        while True:
+            number, at, content = self._peek()
+            if at != indent or not (content == "-" or content.startswith("- ")):
+                return items
+            rest = content[1:].lstrip(" ")
+            if not rest or rest.startswith("#"):
+                self._at += 1
+                items.append(self._nested(indent, depth))
+            elif rest.startswith("- ") or self._split_key(number, rest) is not None:
+                self._lines[self._at] = (number, at + len(content) - len(rest), rest)
+                items.append(self._block(self._lines[self._at][1], depth + 1))
+            else:
+                self._at += 1
+                items.append(_yaml_value(number, rest))
+
+    def _mapping(self, indent, depth):
+        mapping = {}
+        while True:
+            number, at, content = self._peek()
+            if at != indent or content == "-" or content.startswith("- "):
+                return mapping
+            split = self._split_key(number, content)
+            if split is None:
+                raise _yaml_error(number, "expected 'key: value'")
+            key, rest = split
+            if key in mapping:
+                raise _yaml_error(number, "the key %r stands here a second time" % (key,))
+            self._at += 1
+            is_empty = not rest or rest.startswith("#")
+            mapping[key] = self._nested(indent, depth, True) if is_empty else _yaml_value(number, rest)
+
+    def _nested(self, indent, depth, in_mapping=False):
+        """The block below a key or dash, or None.  A list may stand at its key's own indentation."""
+        _, at, content = self._peek()
+        is_list_at_key = in_mapping and at == indent and (content == "-" or content.startswith("- "))
+        return self._block(at, depth + 1) if at > indent or is_list_at_key else None
+
+    @staticmethod
+    def _split_key(number, content):
+        """(key, what follows its colon), or None where the line is no mapping entry."""
+        if content[0] in "\"'":
+            quoted = _YAML_QUOTED.match(content)
+            rest = content[quoted.end() :].lstrip(" ") if quoted else ""
+            if not rest.startswith(":") or rest[1:2].strip():
+                return None
+            return _yaml_unquote(number, quoted), rest[1:].strip()
+        if content[0] in "[{":
+            return None
+        plain = re.match(r"((?:[^:#]|:(?! |$)|(?<! )#)*?) *:(?: +|$)", content)
+        if not plain:
+            return None
+        return _yaml_plain(number, plain.group(1)), content[plain.end() :]
+
+
+def _yaml_value(number, text):
+    """The value of one line's text: flow collection, quoted or plain scalar, then at most a comment."""
+    value, rest = _yaml_flow(number, text, 0) if text[0] in "[{" else _yaml_scalar(number, text)
+    if rest and not re.match(r" +#| *\Z", rest):
+        raise _yaml_error(number, "cannot read %r" % rest.strip())
+    return value
+
+
+def _yaml_scalar(number, text):
+    if text[0] in "\"'":
+        quoted = _YAML_QUOTED.match(text)
+        if not quoted:
+            raise _yaml_error(number, "a quote that does not end on its line")
+        return _yaml_unquote(number, quoted), text[quoted.end() :]
+    plain = re.split(r" +#", text, maxsplit=1)[0].rstrip(" ")
+    if re.search(r":( |$)", plain):
+        raise _yaml_error(number, "a second ': ' in one line: put the value in quotes")
+    return _yaml_plain(number, plain), ""
+
+
+def _yaml_unquote(number, quoted):
+    if quoted.group(1) is None:
+        return quoted.group(2).replace("''", "'")
+
+    def unescape(match):
+        code = match.group(1) or match.group(2) or match.group(3)
+        try:
+            return chr(int(code, 16)) if code else _YAML_ESCAPES[match.group(4)]
+        except (KeyError, ValueError, OverflowError):
+            raise _yaml_error(number, "the escape %s is not understood" % match.group(0)) from None
+
+    return _YAML_ESCAPE.sub(unescape, quoted.group(1))
+
+
+def _yaml_plain(number, text):
+    if text in _YAML_WORDS:
+        return _YAML_WORDS[text]
+    if text[0] in "&*!|>%@`#,[]{}\"'" or text in ("-", "?", ":") or text[:2] in ("- ", "? ", ": "):
+        raise _yaml_error(number, "%r is YAML that is not understood here: use quotes for a text" % text)
+    if "\t" in text:
+        raise _yaml_error(number, "a tab in a value: use quotes")
+    if _YAML_INT.match(text):
+        return int(text)
+    if _YAML_FLOAT.match(text):
+        return float(text)
+    if _YAML_AMBIGUOUS.match(text):
+        raise _yaml_error(number, "%r means different things to different readers: use quotes for a text" % text)
+    return text
+
+
+def _yaml_flow(number, text, depth):
+    """A flow list or mapping at the start of `text`; returns it and the rest."""
+    closing = "]" if text[0] == "[" else "}"
+    is_list = closing == "]"
+    value = [] if is_list else {}
+    rest = text[1:].lstrip(" ")
+    if depth > _YAML_MAX_DEPTH:
+        raise _yaml_error(number, "nested too deeply")
+    while not rest.startswith(closing):
+        item, rest = _yaml_flow_item(number, rest, depth)
+        if is_list:
+            value.append(item)
+        else:
+            if not rest.startswith(":") or item in value:
+                raise _yaml_error(number, "expected 'key: value' with a new key before %r" % rest)
+            value[item], rest = _yaml_flow_item(number, rest[1:].lstrip(" "), depth)
+        if rest.startswith(","):
+            rest = rest[1:].lstrip(" ")
+        elif not rest.startswith(closing):
+            raise _yaml_error(number, "a list or mapping that does not end with %r on its line" % closing)
+    return value, rest[1:]
+
+
+def _yaml_flow_item(number, text, depth):
+    if text[:1] in ("[", "{"):
+        item, rest = _yaml_flow(number, text, depth + 1)
+    elif text[:1] in ('"', "'"):
+        item, rest = _yaml_scalar(number, text)
+    else:
+        plain = _YAML_PLAIN_IN_FLOW.match(text).group(0)
+        if not plain.strip():
+            raise _yaml_error(number, "an entry is missing before %r" % text)
+        item, rest = _yaml_plain(number, plain.strip(" ")), text[len(plain) :]
+    return item, rest.lstrip(" ")
+
+
+# ======================================================================================================================
+# Files: appending whole lines safely, setting old files aside.
+#
+#   Appending    One line is one write to an O_APPEND descriptor under flock(2), so lines never mix.  A line left
+#                half-written by a writer that was killed is closed off with a newline by the next one; readers pass
+#                over it.  A write cut short by a full disk is taken back.
+# ======================================================================================================================
+
+
+class LockedFile:
+    """A file that this process has locked for writing.  Made by `AppendFile.locked`."""
+
+    def __init__(self, descriptor, path):
+        self.descriptor = descriptor
+        self._path = path
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return os.fstat(self.descriptor).st_size
+
+    def append(self, line: bytes) -> int:
+        """Add one line, newline included; return the offset it starts at.  Raises StorageError, nothing added."""
+        before = self.size
+        try:
+            written = os.write(self.descriptor, line)
+        except OSError as error:
+            raise StorageError("cannot write %s: %s" % (self._path, error.strerror)) from error
+        if written < len(line):
+            if self.size == before + written:
+                os.ftruncate(self.descriptor, before)
+            raise StorageError("cannot write %s: no space left for %d bytes" % (self._path, len(line)))
+        return before
+
+    def close_torn_line(self) -> None:
+        """End a half-written last line, so that what follows is whole."""
+        size = self.size
+        if size and os.pread(self.descriptor, 1, size - 1) != b"\n":
+            self.append(b"\n")
+
+
+@dataclass(frozen=True)
+class DataPaths:
+    """Where a service's files are."""
+
+    data_dir: str
+    log_file: str
+    traj_file: str
+    logging_file: str
+
+    @classmethod
+    def of(cls, data_dir: str, settings: ServiceSettings) -> DataPaths:
+        """Those that the settings name, the rest in the data directory."""
+        return cls(
+            data_dir,
+            os.path.abspath(settings.log_file or os.path.join(data_dir, LOG_FILE_NAME)),
+            os.path.join(data_dir, TRAJ_FILE_NAME),
+            os.path.join(os.path.abspath(settings.logging_path or data_dir), settings.logging_file_name),
+        )
+
+    def make_directories(self) -> None:
+        """Make those that do not exist.  Raises OSError."""
+        for path in (os.path.join(self.data_dir, "x"), self.log_file, self.logging_file):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+
+    def set_earlier_aside(self, keeps_trajectory: bool, logger) -> None:
+        """Give the files of an earlier session a dated name.  Raises StorageError."""
+        for path in [self.log_file] + ([] if keeps_trajectory else [self.traj_file]):
+            try:
+                target = set_aside(path, time.time())
+            except OSError as error:
+                raise StorageError("cannot set %s aside: %s" % (path, error.strerror)) from error
+            if target:
+                logger.info("the earlier session's %s is now %s", path, target)
+
+
+class AppendFile:
+    """A file of lines that several threads and processes append to.
+
+    path: its directory must exist.  The file is opened anew for each use, so that a file that was moved away or
+    removed is not written to.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def locked(self):
+        """Hold the file against every other writer; yields a LockedFile.  Raises StorageError."""
+        with self._lock:
+            descriptor = self._open_locked()
+            try:
+                file = LockedFile(descriptor, self.path)
+                file.close_torn_line()
+                yield file
+            finally:
+                os.close(descriptor)
+
+    def append(self, line: bytes) -> int:
+        """Add one line, newline included; return the offset it starts at.  Raises StorageError."""
+        with self.locked() as file:
+            return file.append(line)
+
+    def _open_locked(self):
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except OSError as error:
+                raise StorageError("cannot open %s: %s" % (self.path, error.strerror)) from error
+            if self._try_lock(descriptor):
+                return descriptor
+            os.close(descriptor)
+            if time.monotonic() > deadline:
+                raise StorageError("%s stayed locked by another process for %d s" % (self.path, LOCK_SECONDS))
+            time.sleep(0.001)
+
+    def _try_lock(self, descriptor):
+        """Lock it, unless another holds it or the path has come to mean another file in the meantime."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return os.path.samestat(os.fstat(descriptor), os.stat(self.path))
+        except (BlockingIOError, FileNotFoundError):
+            return False
+        except OSError as error:
+            os.close(descriptor)
+            raise StorageError("cannot lock %s: %s" % (self.path, error.strerror)) from error
+
+
+def set_aside(path: str, now: float) -> str | None:
+    """Rename an earlier session's file to a dated name beside it; return that name, None where there was nothing."""
+    try:
+        if not os.path.getsize(path):
+            return None
+    except FileNotFoundError:
+        return None
+    root, extension = os.path.splitext(path)
+    dated = "%s.%s" % (root, time.strftime("%Y%m%d-%H%M%S", time.localtime(now)))
+    target, number = dated + extension, 1
+    while os.path.exists(target):
+        target, number = "%s-%d%s" % (dated, number, extension), number + 1
+    os.rename(path, target)
+    return target
+
+
+def write_whole(path: str, data: bytes) -> None:
+    """Replace a file's content at once: a reader sees the old or the new, never a part."""
+    temporary = "%s.%d.tmp" % (path, os.getpid())
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+# ======================================================================================================================
+# Marker log: the log as a file. The service appends requests and follows what is appended; the trainer's side appends
+# answers and finds its place from the end. Neither reads what it has read before.
+# ======================================================================================================================
+
+
+class LogTail:
+    """Follows a marker log: each `read` yields the records that were completed since the last one.
+
+    offset: where in the file to begin, at the start of a line.  A file that was replaced or cut short is read anew from
+    its start, and `replacements` counts that.
+    """
+
+    def __init__(self, path: str, offset: int = 0):
+        self._path = path
+        self._offset = offset  # the first byte not yet read
+        self._partial = bytearray()  # the last line so far, without its newline
+        self._inode = None
+        self.replacements = 0
+
+    def read(self):
+        """Yield new Records, oldest first.  A log that does not exist (yet) has none.  Raises OSError."""
+        try:
+            info = os.stat(self._path)
+        except FileNotFoundError:
+            return
+        if self._inode not in (None, info.st_ino) or info.st_size < self._offset:
+            self._offset, self.replacements = 0, self.replacements + 1
+            self._partial.clear()
+        self._inode = info.st_ino
+        if info.st_size == self._offset:
+            return
+        with open(self._path, "rb", buffering=0) as file:
+            file.seek(self._offset)
+            for block in iter(lambda: file.read(READ_BLOCK_BYTES), b""):
+                yield from self._records(block)
+
+    def _records(self, block):
+        start = self._offset - len(self._partial)
+        self._offset += len(block)
+        first, *others = block.split(b"\n")
+        self._partial += first
+        for following in others:
+            record = parse_record(bytes(self._partial), start)
+            start += len(self._partial) + 1
+            self._partial = bytearray(following)
+            if record:
+                yield record
+
+
+@dataclass
+class Place:
+    """What a log says around turn `index`: has_request (turn 0 always has), its response, the next turn's request and
+    whether that is answered, whether the session is over, and `end`: the offset behind the last whole line."""
+
+    has_request: bool = False
+    response: Record | None = None
+    next_request: Record | None = None
+    next_is_answered: bool = False
+    has_ended: bool = False
+    end: int = 0
+
+
+def find_place(descriptor: int, size: int, index: int) -> Place:
+    """Find a turn by reading backwards from `size`.
+
+    Requests stand in the order of their index and an answer stands behind its request, so the search ends at request
+    `index`: it costs what was written since, and the memory of the longest line.
+    """
+    lines = _lines_backwards(descriptor, size)
+    place = Place(has_request=index == 0, end=size - len(next(lines)))
+    for line in lines:
+        record = parse_record(line)
+        if record is None:
+            continue
+        if record.kind == "end":
+            place.has_ended = True
+        elif record.kind == "response":
+            if record.index == index:
+                place.response = record
+            place.next_is_answered |= record.index == index + 1
+        elif record.index == index + 1:
+            place.next_request = record
+            if index == 0:
+                break
+        elif record.index <= index:
+            place.has_request = record.index == index
+            break
+    return place
+
+
+def _lines_backwards(descriptor, size):
+    """Yield a file's lines from the last to the first; the very first one yielded is what follows the last newline."""
+    pieces = []  # of the line being put together, last first
+    while size > 0:
+        length = min(SCAN_BLOCK_BYTES, size)
+        size -= length
+        first, *others = os.pread(descriptor, length, size).split(b"\n")
+        for line in reversed(others):
+            yield line + b"".join(reversed(pieces))
+            pieces = []
+        pieces.append(first)
+    yield b"".join(reversed(pieces))
+
+
+class MarkerLog:
+    """The marker log's writer and reader."""
+
+    def __init__(self, path: str, clock=time.time):
+        self.path = path
+        self._file = AppendFile(path)
+        self._clock = clock
+
+    def append(self, kind: str, text: str, index: int) -> int:
+        """Add a "request" or "response"; return its offset.  Raises StorageError."""
+        return self._file.append(self._encode(kind, text, index))
+
+    def append_session_end(self) -> None:
+        """Add SESSION_END.  Raises StorageError."""
+        self._file.append(SESSION_END_LINE)
+
+    def append_response(self, index: int, text: str) -> Place:
+        """Answer request `index`, unless it has that very answer or the session is over; return the place after.
+
+        Raises UsageError where the log has no such request, RockError where it has another answer, StorageError.
+        """
+        if not os.path.exists(self.path):
+            raise UsageError("there is no request %d to answer: %s does not exist" % (index, self.path))
+        with self._file.locked() as file:
+            place = find_place(file.descriptor, file.size, index)
+            if not place.has_request:
+                raise UsageError("there is no request %d to answer in %s" % (index, self.path))
+            if place.response is None and not place.has_ended:
+                file.append(self._encode("response", text, index))
+                place.end = file.size
+            elif place.response is not None and not _is_same_json(place.response.text, text):
+                raise RockError("request %d already has another answer; it stays as it is" % index)
+            return place
+
+    def find(self, index: int) -> Place:
+        """The place of turn `index`; all empty where there is no log.  Raises StorageError."""
+        try:
+            with open(self.path, "rb") as file:
+                return find_place(file.fileno(), os.fstat(file.fileno()).st_size, index)
+        except FileNotFoundError:
+            return Place()
+        except OSError as error:
+            raise StorageError("cannot read %s: %s" % (self.path, error.strerror)) from error
+
+    def record_at(self, offset: int) -> Record | None:
+        """The record whose line starts at `offset`; None where there is none (any more)."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(offset)
+                return parse_record(file.readline().rstrip(b"\n"), offset)
+        except OSError:
+            return None
+
+    def tail(self, offset: int = 0) -> LogTail:
+        """Follow the log from a line's start."""
+        return LogTail(self.path, offset)
+
+    def _encode(self, kind, text, index):
+        return encode_record(kind, text, index, int(self._clock() * 1000))
+
+
+def _is_same_json(one, other):
+    try:
+        return one == other or parse_json(one) == parse_json(other)
+    except ValueError:
+        return False
+
+
+def poll_delay(waited: float, interval: float) -> float:
+    """Seconds until the next look, after `waited` seconds: a fixed share of the wait, at most `interval`.
+
+    A quick turn is seen at once, and a long wait costs no CPU.
+    """
+    return min(interval, max(MIN_POLL_SECONDS, waited * POLL_FRACTION))
+
+
+# ======================================================================================================================
+# Anti-call: the trainer's side of a turn. One call answers request k and waits for request k+1.
+#
+#   Repeating a call is always safe: an answer that stands in the log is not written again, and the same request is
+#   printed again.  After SESSION_END a request that was never answered has nobody waiting, so the session's end is
+#   what the trainer hears.
+# ======================================================================================================================
+
+
+class RequestWaiter:
+    """Waits for a request to appear in a marker log.
+
+    interval: the longest time between two looks, in seconds.  is_service_alive: () -> True, False (it was there and is
+    gone), or None (never seen, or unknown).  clock, sleep: as in `time`, for tests.
+    """
+
+    def __init__(self, log: MarkerLog, interval: float, is_service_alive, clock=time.monotonic, sleep=time.sleep):
+        self._log = log
+        self._interval = interval
+        self._is_service_alive = is_service_alive
+        self._clock = clock
+        self._sleep = sleep
+
+    def wait(self, index: int, place: Place, timeout: float | None) -> str:
+        """The text of request `index` (JSON, markers escaped), or SESSION_END.
+
+        place: of turn `index - 1`.  Raises NotYet after `timeout` seconds, RockError when the service stays away.
+        """
+        if place.has_ended and (place.next_request is None or not place.next_is_answered):
+            return SESSION_END_MARKER
+        if place.next_request is not None:
+            return place.next_request.text
+        tail = self._log.tail(place.end)
+        began = seen_alive = looked = self._clock()
+        while True:
+            found = self._look(tail, index)
+            if found is not None:
+                return found
+            now = self._clock()
+            if timeout is not None and now - began >= timeout:
+                raise NotYet("request %d has not come within %g s; repeat the call to wait on" % (index, timeout))
+            if now - looked >= LIVENESS_SECONDS:
+                looked = now
+                seen_alive = seen_alive if self._is_service_alive() is False else now
+                if now - seen_alive > GONE_SECONDS:
+                    raise RockError("the model service is gone; run start --resume, then repeat this call")
+            left = self._interval if timeout is None else max(0.0, began + timeout - now)
+            self._sleep(min(left, poll_delay(now - began, self._interval)))
+
+    def _look(self, tail, index):
+        request = None
+        for record in tail.read():
+            if record.kind == "end":
+                return SESSION_END_MARKER
+            if record.kind == "request" and record.index == index:
+                request = record
+        if tail.replacements and index > 1:
+            raise RockError("%s was replaced: a new session has begun, at --index 0" % self._log.path)
+        return request.text if request else None
+
+
+# ======================================================================================================================
+# Trajectory: LLMTraj.jsonl, one JSON object a call.
+# ======================================================================================================================
+
+
+@dataclass
+class CallRecord:
+    """One call, as it is written down.
+
+    request, response: JSON texts, response None where the call got no answer.  status: of HTTP, 499 where the client
+    hung up.  error: what went wrong, or None.  start_time: seconds since the epoch.  response_time: seconds.  index:
+    the turn.
+    """
+
+    request: str
+    response: str | None
+    model: object
+    stream: bool
+    status: int
+    error: str | None
+    start_time: float
+    response_time: float
+    index: int
+
+    def line(self) -> bytes:
+        """As a line of JSON.  `status` and `index` end it, where `recorded_turns` finds them without parsing."""
+        rest = {
+            "model": self.model,
+            "stream": self.stream,
+            "error": self.error,
+            "start_time": self.start_time,
+            "end_time": round(self.start_time + self.response_time, 6),
+            "response_time": round(self.response_time, 6),
+            "status": self.status,
+            "index": self.index,
+        }
+        texts = '{"request":%s,"response":%s,' % (self.request, self.response or "null")
+        return (texts + dump_json(rest)[1:] + "\n").encode("utf-8")
+
+
+_TRAJ_LINE_END = re.compile(rb'"error":null,[^{}]*"status":([0-9]+),"index":([0-9]+)\}\n\Z')
+
+
+def recorded_turns(path: str) -> dict:
+    """The turns whose answer stands in a trajectory file, and that answer's HTTP status."""
+    turns = {}
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        for line in file:
+            match = _TRAJ_LINE_END.search(line[-512:])
+            if match:
+                turns[int(match.group(2))] = int(match.group(1))
+    return turns
+
+
+# ======================================================================================================================
+# Processes: is this process alive and still the same; is the service running, and whose state is this.
+# ======================================================================================================================
+
+
+def process_identity(pid: int) -> str | None:
+    """What tells a living process from a later one with its number; None for one that is gone or a zombie.
+
+    That is its start time from /proc.  Without /proc it is "", and a zombie or a recycled number cannot be told.
+    """
+    try:
+        with open("/proc/%d/stat" % pid, "rb") as file:
+            fields_after_name = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return "" if _answers_signal(pid) else None
+    if fields_after_name[0] in (b"Z", b"X"):
+        return None
+    return fields_after_name[19].decode()
+
+
+def _answers_signal(pid):
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
+class ServiceState:
+    """Which service, if any, runs on a data directory.
+
+    A lock file is held as long as the service lives, so that a killed one frees it and no process number is trusted;
+    a state file beside it says the rest: pid, identity, host, port, type, log_file, version.
+    """
+
+    def __init__(self, data_dir: str):
+        self._lock_path = os.path.join(data_dir, LOCK_FILE_NAME)
+        self._state_path = os.path.join(data_dir, STATE_FILE_NAME)
+        self._descriptor = None
+
+    def acquire(self) -> None:
+        """Become the service of this directory.  Raises RockError where one runs, StorageError."""
+        try:
+            self._descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            is_ours = self._lock_within(PROBE_SECONDS)
+        except OSError as error:
+            self.release()
+            raise StorageError("cannot lock %s: %s" % (self._lock_path, error.strerror)) from error
+        if not is_ours:
+            self.release()
+            raise RockError(self.running_message())
+
+    def _lock_within(self, seconds):
+        """Lock, with patience for those who only look (`is_running`)."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    return False
+            time.sleep(0.005)
+
+    def release(self) -> None:
+        """Stop being it.  Harmless where it was not."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def write(self, **state: object) -> None:
+        """Publish the state.  Only the holder does."""
+        write_whole(self._state_path, dump_json(state).encode("utf-8"))
+
+    def clear(self) -> None:
+        """Remove the state file."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._state_path)
+
+    def read(self) -> dict:
+        """The state last written; empty where there is none, or it cannot be read."""
+        try:
+            with open(self._state_path, encoding="utf-8") as file:
+                state = parse_json(file.read())
+        except (OSError, ValueError):
+            return {}
+        return state if isinstance(state, dict) else {}
+
+    def is_running(self) -> bool:
+        """Whether a service holds this directory now."""
+        try:
+            descriptor = os.open(self._lock_path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)
+        return False
+
+    def liveness(self) -> bool | None:
+        """True where a service runs, False where one ended without stopping, None where none is known of."""
+        if self.is_running():
+            return True
+        return False if self.read() else None
+
+    def running_message(self) -> str:
+        """Why a second one cannot start."""
+        state = self.read()
+        where = "%s:%s" % (state.get("host", "?"), state.get("port", "?"))
+        return "a model service already runs (pid %s, %s); stop it first" % (state.get("pid", "?"), where)
+
+    def verified_pid(self) -> int | None:
+        """The running service's process number, None where it is not the process that wrote the state."""
+        state = self.read()
+        pid, identity = state.get("pid"), state.get("identity")
+        if type(pid) is not int or pid <= 1 or process_identity(pid) != identity:
+            return None
+        return pid
+
+
+# ======================================================================================================================
+# HTTP server: one core for every service of this module. It reads strictly, routes, authorises, writes, logs, counts,
+# notices clients that hang up, and ends every thread and socket it began. A service gives it a table of routes.
+# ======================================================================================================================
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a route's handler returns.
+
+    body: the whole body, or `pieces`: an iterator of bytes, each sent as it comes.  An exception out of `pieces` breaks
+    the connection, so that a client never takes a part for the whole.  done: called once, with whether all was sent.
+    note: words for the request's log line.
+    """
+
+    status: int = 200
+    body: bytes = b""
+    content_type: str = "application/json"
+    headers: tuple = ()
+    pieces: object = None
+    done: object = None
+    note: str = ""
+
+
+def json_reply(value: object, status: int = 200) -> Reply:
+    """A Reply that carries a JSON value."""
+    return Reply(status, dump_json(value).encode("utf-8") + b"\n")
+
+
+def error_reply(error: ApiError) -> Reply:
+    """A Reply that carries an error."""
+    return Reply(error.status, error.body() + b"\n", headers=error.headers)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a route's handler is given.
+
+    name: what stood for `{name}` in the route's path.  watch_hangup: call it with a function, once, and that function
+    is called from another thread when the client hangs up before the reply is done.
+    """
+
+    head: RequestHead
+    body: bytes
+    name: str
+    watch_hangup: object
+
+    def json(self) -> tuple[str, dict]:
+        """The body as one line of JSON text, and its value.  Raises ApiError 400 or 415."""
+        check_json_type(self.head.header("content-type"), self.head.header("content-encoding"))
+        try:
+            return json_object(self.body.decode("utf-8-sig"), "the request body")
+        except UnicodeDecodeError as error:
+            raise ApiError(400, "the request body is not UTF-8 at byte %d" % error.start) from None
+        except ValueError as error:
+            raise ApiError(400, str(error)) from None
+
+
+@dataclass(frozen=True)
+class Route:
+    """A method and path, and who answers.  path may end in "/{name}".  is_open: answered without the API key."""
+
+    method: str
+    path: str
+    handler: object
+    is_open: bool = False
+
+
+class Router:
+    """Finds the route of a request."""
+
+    def __init__(self, routes: list):
+        self._exact = {}
+        self._named = {}
+        for route in routes:
+            prefix, brace, _ = route.path.partition("{name}")
+            (self._named if brace else self._exact).setdefault(prefix, {})[route.method] = route
+
+    def find(self, method: str, path: str) -> tuple[Route, str]:
+        """The route, and what stands for its {name}.  HEAD goes where GET does.  Raises ApiError 404, 405."""
+        methods, name = self._exact.get(path), ""
+        if methods is None:
+            prefix = next((prefix for prefix in self._named if path.startswith(prefix)), None)
+            if prefix is None:
+                raise ApiError(404, "there is no %s here%s" % (path, did_you_mean(path, list(self._exact))))
+            methods, name = self._named[prefix], path[len(prefix) :]
+        route = methods.get("GET" if method == "HEAD" else method)
+        if route is None:
+            allowed = ", ".join(sorted(methods) + (["HEAD"] if "GET" in methods else []))
+            message = "%s is not allowed on %s; allowed: %s" % (method, path, allowed)
+            raise ApiError(405, message, headers=[("Allow", allowed)])
+        return route, name
+
+
+class Metrics:
+    """Counts requests and their durations; renders them as Prometheus text."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._totals = {}  # (method, route, status) -> [count, seconds]
+
+    def count(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Add one request."""
+        with self._lock:
+            total = self._totals.setdefault((method, route, status), [0, 0.0])
+            total[0] += 1
+            total[1] += seconds
+
+    def render(self, gauges: dict) -> str:
+        """All series, and `gauges` by name."""
+        with self._lock:
+            totals = sorted((key, tuple(total)) for key, total in self._totals.items())
+        labels = ['{method="%s",route="%s",status="%d"}' % key for key, _ in totals]
+        lines = ["# TYPE rock_http_requests_total counter"]
+        lines += ["rock_http_requests_total%s %d" % (label, total[0]) for label, (_, total) in zip(labels, totals)]
+        lines += ["# TYPE rock_http_request_duration_seconds summary"]
+        for label, (_, (count, seconds)) in zip(labels, totals):
+            lines.append("rock_http_request_duration_seconds_sum%s %.6f" % (label, seconds))
+            lines.append("rock_http_request_duration_seconds_count%s %d" % (label, count))
+        for name, value in gauges.items():
+            lines += ["# TYPE %s gauge" % name, "%s %g" % (name, value)]
+        return "\n".join(lines) + "\n"
+
+
+class HangupWatcher:
+    """One thread that sees clients hang up while their requests wait.
+
+    A client that only closes its sending side cannot be told from one that is gone, and counts as gone.
+    """
+
+    def __init__(self):
+        import selectors
+        import socket
+
+        self._lock = threading.Lock()  # register and unregister are two steps each, in Python and in the kernel
+        self._selector = selectors.DefaultSelector()
+        self._stop_receiver, self._stop_sender = socket.socketpair()
+        self._selector.register(self._stop_receiver, selectors.EVENT_READ, None)
+        self._thread = threading.Thread(target=self._run, name="rock-hangups", daemon=True)
+        self._thread.start()
+
+    def watch(self, sock: object, callback: object) -> None:
+        """Call `callback()` once when the other side of `sock` closes."""
+        with self._lock:
+            self._selector.register(sock, 1, callback)
+
+    def unwatch(self, sock: object) -> None:
+        """Stop watching.  Must come before the socket is closed; harmless where it was not watched."""
+        with self._lock, contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(sock)
+
+    def stop(self) -> None:
+        """End the thread.  Harmless a second time."""
+        if not self._thread.is_alive():
+            return
+        self._stop_sender.send(b"x")
+        self._thread.join()
+        self._selector.close()
+        self._stop_sender.close()
+        self._stop_receiver.close()
+
+    def _run(self):
+        while True:
+            for key, _ in self._selector.select(IDLE_POLL_SECONDS):
+                if key.data is None:
+                    return
+                self._look(key)
+
+    def _look(self, key):
+        with self._lock:
+            if self._selector.get_map().get(key.fd) is not key:
+                return  # its request is done with, and the socket may wait for another by now
+            is_gone = _peek(key.fileobj)
+            if is_gone is not None:  # gone, or the client sends its next request already: nothing more can be seen
+                self._selector.unregister(key.fileobj)
+        if is_gone:
+            key.data()
+
+
+def _peek(sock):
+    """True: the other side closed.  False: it sent more.  None: neither."""
+    import select
+    import socket
+
+    try:
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        if not poll.poll(0):
+            return None
+        return not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return None
+    except (OSError, ValueError):
+        return True
+
+
+class Connection:
+    """A client's socket, read and written within bounds.  Used by one thread."""
+
+    def __init__(self, sock: object, max_body_bytes: int, clock=time.monotonic):
+        self.sock = sock
+        self._max_body_bytes = max_body_bytes
+        self._clock = clock
+        self._buffer = bytearray()
+
+    def read_head(self) -> RequestHead | None:
+        """The next request's header; None where the client closed, or was idle for too long.
+
+        Raises ProtocolError: malformed, too large (431), too slow (408).
+        """
+        if not self._buffer and not self._receive(self._clock() + IDLE_SECONDS, idle=True):
+            return None
+        deadline = self._clock() + HEAD_SECONDS
+        while True:
+            while self._buffer.startswith(b"\r\n"):
+                del self._buffer[:2]
+            end = self._buffer.find(b"\r\n\r\n")
+            if end > MAX_HEAD_BYTES or (end < 0 and len(self._buffer) > MAX_HEAD_BYTES):
+                raise ProtocolError(431, "the request header is longer than %d bytes" % MAX_HEAD_BYTES)
+            if end >= 0:
+                head = bytes(self._buffer[:end])
+                del self._buffer[: end + 4]
+                return parse_request_head(head)
+            if re.search(rb"(?<!\r)\n", self._buffer):
+                raise ProtocolError(400, "a line of the request header does not end in CRLF")
+            if not self._receive(deadline):
+                if not self._buffer:
+                    return None
+                raise ProtocolError(400, "the connection was closed in the middle of a request header")
+
+    def read_body(self, head: RequestHead) -> bytes:
+        """The request's body.  Raises ProtocolError: malformed, too large (413), too slow (408)."""
+        if not head.has_body:
+            return b""
+        if (head.content_length or 0) > self._max_body_bytes:
+            raise ProtocolError(413, "the request body is larger than %d bytes" % self._max_body_bytes)
+        if head.expects_continue and not self._buffer:
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        began = self._clock()
+        if head.is_chunked:
+            return self._read_chunks(began)
+        return self._take(head.content_length, began, head.content_length)
+
+    def _read_chunks(self, began):
+        body = bytearray()
+        while True:
+            size = parse_chunk_size(self._take_line(MAX_CHUNK_LINE_BYTES, began, len(body)))
+            if len(body) + size > self._max_body_bytes:
+                raise ProtocolError(413, "the request body is larger than %d bytes" % self._max_body_bytes)
+            if size == 0:
+                break
+            body += self._take(size, began, len(body) + size)
+            if self._take(2, began, len(body)) != b"\r\n":
+                raise ProtocolError(400, "a chunk of the body is not as long as it says")
+        trailers = 0
+        while True:
+            line = self._take_line(MAX_HEAD_BYTES, began, len(body))
+            trailers += len(line)
+            if not line:
+                return bytes(body)
+            if trailers > MAX_HEAD_BYTES:
+                raise ProtocolError(431, "the trailer section is longer than %d bytes" % MAX_HEAD_BYTES)
+            _parse_field(line)
+
+    def _take(self, size, began, expected):
+        while len(self._buffer) < size:
+            self._receive_body(began, expected)
+        taken = bytes(memoryview(self._buffer)[:size])
+        del self._buffer[:size]
+        return taken
+
+    def _take_line(self, limit, began, expected):
+        while True:
+            end = self._buffer.find(b"\n", 0, limit)
+            if end >= 0:
+                break
+            if len(self._buffer) >= limit:
+                raise ProtocolError(400, "a line between the chunks of the body is longer than %d bytes" % limit)
+            self._receive_body(began, expected)
+        line = self._take(end + 1, began, expected)
+        if not line.endswith(b"\r\n"):
+            raise ProtocolError(400, "a line between the chunks of the body does not end in CRLF")
+        return line[:-2]
+
+    def _receive_body(self, began, expected):
+        allowed = BODY_GRACE_SECONDS + expected / BODY_BYTES_PER_SECOND
+        if not self._receive(began + allowed):
+            raise ProtocolError(400, "the connection was closed in the middle of a request body")
+
+    def _receive(self, deadline, idle=False):
+        """Read what there is into the buffer; False at the end of what the client sends."""
+        left = deadline - self._clock()
+        if left > 0:
+            try:
+                self.sock.settimeout(left)
+                data = self.sock.recv(SEND_PIECE_BYTES)
+                self._buffer += data
+                return bool(data)
+            except OSError as error:
+                if not _is_timeout(error):
+                    raise ClientGone from error
+        if idle:
+            return False
+        raise ProtocolError(408, "the request came too slowly")
+
+    def write(self, data: bytes) -> None:
+        """Send all of it.  Raises ClientGone."""
+        try:
+            self.sock.settimeout(SEND_SECONDS)
+            if len(data) <= SEND_PIECE_BYTES:
+                self.sock.sendall(data)
+                return
+            view = memoryview(data)
+            for start in range(0, len(data), SEND_PIECE_BYTES):
+                self.sock.sendall(view[start : start + SEND_PIECE_BYTES])
+        except OSError as error:
+            raise ClientGone from error
+
+    def linger(self) -> None:
+        """After an early refusal: take what the client still sends, for a moment, so that it can read the refusal."""
+        import socket
+
+        deadline = self._clock() + LINGER_SECONDS
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+            while deadline > self._clock():
+                self.sock.settimeout(max(0.001, deadline - self._clock()))
+                if not self.sock.recv(SEND_PIECE_BYTES):
+                    return
+
+
+def _is_timeout(error):
+    import socket
+
+    return isinstance(error, socket.timeout)
+
+
+class Exchange:
+    """One request and its reply.  Used by one thread, once."""
+
+    def __init__(self, service: HTTPService, connection: Connection, client: str):
+        self._service = service
+        self._connection = connection
+        self._client = client
+        self._head = None
+        self._route = None
+        self._has_unread = True  # there may be bytes of this request that we do not mean to read
+        self._began = time.monotonic()
+
+    def run(self) -> bool:
+        """Read, answer, write down; whether the connection can take another request.  Raises ClientGone."""
+        try:
+            reply = self._reply()
+            return self._send(reply) if reply else False
+        except ClientGone:
+            if self._head:
+                self._write_down(499, 0, "client hung up")
+            raise
+        finally:
+            self._service.hangups.unwatch(self._connection.sock)
+
+    def _reply(self):
+        """What to answer; None where no request came."""
+        try:
+            self._head = self._connection.read_head()
+            if self._head is None:
+                return None
+            self._began = time.monotonic()
+            self._service.set_idle(self._connection.sock, False)
+            return self._dispatch()
+        except ApiError as error:
+            return error_reply(error)
+        except ClientGone:
+            raise
+        except Exception:
+            self._service.logger.exception("a bug met %s", self._name())
+            return error_reply(ApiError(500, "internal error; the service's own log has the details"))
+
+    def _dispatch(self):
+        head, service = self._head, self._service
+        self._has_unread = head.has_body
+        self._route, name = service.router.find(head.method, head.path)
+        if not self._route.is_open:
+            service.authorise(head)
+        if head.method in ("POST", "PUT", "PATCH") and head.content_length is None and not head.is_chunked:
+            raise ApiError(411, "a %s needs a Content-Length, or a chunked body" % head.method)
+        body = self._connection.read_body(head)
+        self._has_unread = False
+        return self._route.handler(Request(head, body, name, self._watch_hangup))
+
+    def _watch_hangup(self, callback):
+        self._service.hangups.watch(self._connection.sock, callback)
+
+    def _send(self, reply):
+        keep_alive = bool(self._head and self._head.keep_alive) and not self._has_unread
+        keep_alive = keep_alive and not self._service.stopping.is_set()
+        is_sent, size = False, len(reply.body)
+        try:
+            size = self._write(reply, keep_alive)
+            is_sent = True
+        except ClientGone:
+            pass
+        except Exception:
+            self._service.logger.exception("the reply to %s broke off", self._name())
+        finally:
+            if reply.done:
+                reply.done(is_sent)
+            self._write_down(reply.status if is_sent else 499, size, reply.note)
+        if self._has_unread:
+            self._connection.linger()
+        return keep_alive and is_sent
+
+    def _write(self, reply, keep_alive):
+        """Send the whole reply; how many bytes its body had."""
+        from email.utils import formatdate
+
+        is_head = self._head is not None and self._head.method == "HEAD"
+        headers = [("Date", formatdate(usegmt=True)), ("Content-Type", reply.content_type), *reply.headers]
+        if not keep_alive:
+            headers.append(("Connection", "close"))
+        if reply.pieces is None:
+            headers.append(("Content-Length", len(reply.body)))
+            self._connection.write(response_head(reply.status, headers) + (b"" if is_head else reply.body))
+            return len(reply.body)
+        return self._write_pieces(reply, headers)
+
+    def _write_pieces(self, reply, headers):
+        write, size = self._connection.write, 0
+        is_chunked = not self._head.is_http10
+        if is_chunked:
+            headers.append(("Transfer-Encoding", "chunked"))
+        with contextlib.closing(reply.pieces) as pieces:
+            write(response_head(reply.status, headers))
+            for piece in pieces:
+                size += len(piece)
+                write(b"%x\r\n%s\r\n" % (len(piece), piece) if is_chunked else piece)
+        if is_chunked:
+            write(b"0\r\n\r\n")
+        return size
+
+    def _name(self):
+        return "%s %s" % (self._head.method, self._head.path) if self._head else "a malformed request"
+
+    def _write_down(self, status, size, note):
+        seconds = time.monotonic() - self._began
+        method, route = (self._head.method, self._route.path) if self._route else ("other", "none")
+        self._service.metrics.count(method, route, status, seconds)
+        line = "%s %s %d %.1fms %dB %s"
+        self._service.logger.info(line, self._client, self._name(), status, seconds * 1000, size, note)
+
+
+class HTTPService:
+    """A listening server with its routes.
+
+    host, port: where to listen; port 0 takes a free one (see `port`).  routes: a list of Route; `/`, `/health` and
+    `/metrics` are added.  logger: as from `logging`.  kind: what `/` calls the service.  gauges: () -> numbers by name
+    for `/metrics`.  api_key: the bearer token to ask for, or None.  Raises RockError where it cannot listen.
+    """
+
+    def __init__(self, host, port, routes, logger, kind, gauges=dict, api_key=None, max_body_bytes=MAX_BODY_BYTES):
+        self.router = Router(routes + self._common_routes(kind, gauges))
+        self.metrics = Metrics()
+        self.logger = logger
+        self.stopping = threading.Event()
+        self._api_key = api_key
+        self._max_body_bytes = max_body_bytes
+        self._connections = {}  # socket -> whether it is between two requests
+        self._changed = threading.Condition()
+        self._listener = _listen(self, host, port)
+        self.host, self.port = self._listener.server_address[:2]
+        self.hangups = HangupWatcher()
+        self._thread = threading.Thread(target=self._listener.serve_forever, args=(0.1,), name="rock-accept")
+
+    def _common_routes(self, kind, gauges):
+        about = {"service": "rock-model-service", "version": __version__, "type": kind}
+        kind_of_text = "text/plain; version=0.0.4; charset=utf-8"
+        return [
+            Route("GET", "/", lambda request: json_reply(about), is_open=True),
+            Route("GET", "/health", lambda request: json_reply({"status": "healthy"}), is_open=True),
+            Route("GET", "/metrics", lambda _: Reply(200, self.metrics.render(gauges()).encode(), kind_of_text)),
+        ]
+
+    def start(self) -> None:
+        """Begin to answer, in threads of its own."""
+        self._thread.start()
+
+    def stop(self, seconds: float = STOP_SECONDS) -> None:
+        """Accept no more, let the requests being answered end, close the rest.  Ends every thread it began.
+
+        seconds: the time they have; connections still open after it are cut off.
+        """
+        self.stopping.set()
+        if self._thread.ident is not None:
+            self._listener.shutdown()
+            self._thread.join()
+        self._listener.server_close()
+        self._shut_down(only_idle=True)
+        if not self._wait_until_closed(seconds):
+            self._shut_down(only_idle=False)
+            self._wait_until_closed(1.0)
+        self.hangups.stop()
+
+    def _shut_down(self, only_idle):
+        import socket
+
+        with self._changed:
+            for sock, is_idle in self._connections.items():
+                if is_idle or not only_idle:
+                    with contextlib.suppress(OSError):
+                        sock.shutdown(socket.SHUT_RD if is_idle else socket.SHUT_RDWR)
+
+    def _wait_until_closed(self, seconds):
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._connections, seconds)
+
+    def authorise(self, head: RequestHead) -> None:
+        """Check the bearer token, where one is set.  Raises ApiError 401."""
+        if self._api_key is None:
+            return
+        from hmac import compare_digest
+
+        scheme, _, token = (head.header("authorization") or "").partition(" ")
+        is_right = compare_digest(token.strip().encode("latin-1"), self._api_key.encode("utf-8"))
+        if scheme.lower() != "bearer" or not is_right:
+            message = "this service asks for its API key: send 'Authorization: Bearer KEY'"
+            raise ApiError(401, message, code="invalid_api_key", headers=[("WWW-Authenticate", "Bearer")])
+
+    def opened(self, sock: object) -> None:
+        """Called by the listener for each connection, before its thread starts."""
+        with self._changed:
+            self._connections[sock] = True
+
+    def closed(self, sock: object) -> None:
+        """Called by the listener when a connection is done with."""
+        with self._changed:
+            self._connections.pop(sock, None)
+            self._changed.notify_all()
+
+    def set_idle(self, sock: object, is_idle: bool) -> bool:
+        """Note whether a connection is between requests; False where no further request is to be read."""
+        with self._changed:
+            self._connections[sock] = is_idle
+            return not self.stopping.is_set()
+
+    def serve(self, sock: object, client: str) -> None:
+        """Answer the requests of one connection, in its thread, until it ends."""
+        connection = Connection(sock, self._max_body_bytes)
+        with contextlib.suppress(ClientGone):
+            while self.set_idle(sock, True) and Exchange(self, connection, client).run():
+                pass
+
+
+def _listen(service, host, port):
+    """A ThreadingHTTPServer that hands each connection to `service`.  Raises RockError."""
+    import socket
+    import socketserver
+    from http.server import ThreadingHTTPServer
+
+    class Listener(ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        request_queue_size = BACKLOG
+
+        def server_bind(self):  # http.server's own looks its host name up, which can take seconds without a network
+            socketserver.TCPServer.server_bind(self)
+
+        def get_request(self):
+            try:
+                sock, address = self.socket.accept()
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    service.logger.error("no descriptor is left for another connection: raise 'ulimit -n'")
+                    service.stopping.wait(0.1)
+                raise
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock, address
+
+        def process_request(self, request, client_address):
+            service.opened(request)
+            super().process_request(request, client_address)
+
+        def finish_request(self, request, client_address):
+            service.serve(request, client_address[0])
+
+        def shutdown_request(self, request):
+            super().shutdown_request(request)
+            service.closed(request)
+
+        def handle_error(self, request, client_address):
+            service.logger.exception("the connection of %s failed", client_address[0])
+
+    try:
+        return Listener((host, port), None)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RockError("cannot listen on %s:%d: %s" % (host, port, reason)) from error
+
+
+# ======================================================================================================================
+# Local service: agents ask over HTTP, a trainer answers through the marker log.
+#
+#   A turn is one request record and, later, its answer.  A call is one HTTP request that waits for a turn's answer.
+#   Usually they are one to one.  A call that ends without its answer having been sent whole (a hang-up, a timeout, a
+#   stop) leaves its turn behind, and the agent's retry, told by its identical body, becomes a new call of that turn:
+#
+#       no call, answer not yet delivered       an identical body takes the turn over
+#       in flight, or delivered as a success    an identical body does so only if it says that it is a retry
+#       delivered as an error                   an identical body is a new turn: the trainer tests the agent's retries
+#
+#   After a crash, --resume rebuilds this from the two files: an answer that stands in the trajectory was (probably)
+#   delivered, any other turn waits to be taken over.  So whichever of agent, service and trainer dies, and at whatever
+#   point, each repeats its last step and no turn is lost or doubled.
+# ======================================================================================================================
+
+
+class Turn:
+    """A request in the log and what has become of it.  Owned by LocalSession and guarded by its lock."""
+
+    __slots__ = ("index", "digest", "answer_offset", "calls", "is_recorded", "delivered_status")
+
+    def __init__(self, index, digest):
+        self.index = index
+        self.digest = digest
+        self.answer_offset = None
+        self.calls = []
+        self.is_recorded = False
+        self.delivered_status = None
+
+
+class Call:
+    """One HTTP request's wait for the answer of its turn.  `wake` is set whenever there is something new to see."""
+
+    def __init__(self, turn: Turn, answer: Record | None):
+        self.turn = turn
+        self.answer = answer
+        self.has_hung_up = False
+        self.wake = threading.Event()
+
+    def hang_up(self) -> None:
+        """The client is gone."""
+        self.has_hung_up = True
+        self.wake.set()
+
+
+class LocalSession:
+    """The turns of one session: writes requests, follows the log for answers, wakes those who wait.
+
+    log: a MarkerLog.  recorded: turns and statuses from the trajectory, when a session is resumed (`recorded_turns`).
+    Its lock guards all turns.
+    """
+
+    def __init__(self, log: MarkerLog, polling_interval: float, logger, recorded=None, clock=time.monotonic):
+        self._log = log
+        self._interval = polling_interval
+        self._logger = logger
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._turns = {}  # index -> Turn, of all that may still be asked for
+        self._by_digest = {}  # digest of the request's text -> [Turn], oldest first
+        self._finished = {}  # index -> None, of delivered turns, oldest first
+        self._last_index = 0
+        self._answered = 0
+        self._waiting = 0
+        self._last_activity = clock()
+        self._is_closed = False  # no new calls: SESSION_END is written, or read
+        self._has_ended = False  # SESSION_END is read: every answer before it has been, too
+        self._is_stopping = False
+        self._tail = log.tail()
+        self._recorded = recorded or {}
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="rock-log", daemon=True)
+
+    def start(self) -> None:
+        """Read what the log holds already, then follow it in a thread.  Raises StorageError."""
+        try:
+            for record in self._tail.read():
+                self._on_record(record)
+        except OSError as error:
+            raise StorageError("cannot read %s: %s" % (self._log.path, error.strerror)) from error
+        self._recorded = {}
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End every waiting call with 503, and the thread."""
+        with self._lock:
+            self._is_stopping = True
+            self._wake_all()
+        self._wake.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether SESSION_END is in the log."""
+        return self._has_ended
+
+    def gauges(self) -> dict:
+        """Numbers for /metrics."""
+        with self._lock:
+            return {
+                "rock_local_turns": self._last_index,
+                "rock_local_turns_answered": self._answered,
+                "rock_local_calls_waiting": self._waiting,
+                "rock_local_session_ended": int(self._has_ended),
+            }
+
+    def open_call(self, text: str, is_retry: bool) -> Call:
+        """Begin a call: a new turn, or one that this request takes over.  Raises ApiError 410, 503, StorageError.
+
+        text: the request as one line of JSON.  is_retry: whether the client says that it asked this before.
+        """
+        digest = _digest(escape_markers(text).encode("utf-8"))
+        with self._lock:
+            self.check_open(is_new=True)
+            turn = self._find_turn(digest, is_retry)
+            answer = self._read_answer(turn) if turn else None
+            if turn is None or (turn.answer_offset is not None and answer is None):
+                turn = self._new_turn(text, digest)
+            call = Call(turn, answer)
+            turn.calls.append(call)
+            self._waiting += 1
+        self._wake.set()
+        return call
+
+    def close_call(self, call: Call, delivered_status: int | None) -> None:
+        """End a call.  delivered_status: of the answer that was sent whole, None where none was."""
+        with self._lock:
+            call.turn.calls.remove(call)
+            self._waiting -= 1
+            if delivered_status is not None:
+                self._finish(call.turn, delivered_status)
+
+    def claim_record(self, turn: Turn) -> bool:
+        """Whether the caller is the one to write the turn's answer to the trajectory: the first that asks."""
+        with self._lock:
+            is_first, turn.is_recorded = not turn.is_recorded, True
+            return is_first
+
+    def unclaim_record(self, turn: Turn) -> None:
+        """Writing failed: the next call may try."""
+        with self._lock:
+            turn.is_recorded = False
+
+    def end(self) -> None:
+        """Write SESSION_END, once, and end every waiting call with 410.  Raises StorageError."""
+        with self._lock:
+            if not self._is_closed:
+                self._log.append_session_end()
+                self._is_closed = True
+        self._wake.set()
+
+    def check_open(self, is_new: bool = False) -> None:
+        """Raise the ApiError that a call gets when it can have no answer any more; a new call, no turn."""
+        if self._has_ended or (is_new and self._is_closed):
+            message = "the session has ended: no further calls are answered"
+            raise ApiError(410, message, code="session_ended", headers=[("x-should-retry", "false")])
+        if self._is_stopping:
+            raise ApiError(503, "the model service is stopping", code="service_stopping")
+
+    def _find_turn(self, digest, is_retry):
+        retried = None
+        for turn in self._by_digest.get(digest, ()):
+            if not turn.calls and turn.delivered_status is None:
+                return turn
+            if is_retry and (turn.calls or turn.delivered_status < 400):
+                retried = retried if retried and retried.calls else turn
+        return retried
+
+    def _new_turn(self, text, digest):
+        self._log.append("request", text, self._last_index + 1)
+        return self._add_turn(self._last_index + 1, digest)
+
+    def _add_turn(self, index, digest):
+        turn = Turn(index, digest)
+        self._last_index = index
+        self._turns[index] = turn
+        self._by_digest.setdefault(digest, []).append(turn)
+        self._last_activity = self._clock()
+        return turn
+
+    def _finish(self, turn, status):
+        turn.delivered_status = status
+        self._finished[turn.index] = None
+        while len(self._finished) > MAX_FINISHED_TURNS:
+            self._forget(next(iter(self._finished)))
+
+    def _forget(self, index):
+        del self._finished[index]
+        turn = self._turns.pop(index)
+        same = self._by_digest[turn.digest]
+        same.remove(turn)
+        if not same:
+            del self._by_digest[turn.digest]
+
+    def _read_answer(self, turn):
+        if turn.answer_offset is None:
+            return None
+        record = self._log.record_at(turn.answer_offset)
+        return record if record and (record.kind, record.index) == ("response", turn.index) else None
+
+    def _wake_all(self):
+        for turn in self._turns.values():
+            for call in turn.calls:
+                call.wake.set()
+
+    def _follow(self):
+        """The tailing thread."""
+        while not self._is_stopping:
+            try:
+                for record in self._tail.read():
+                    with self._lock:
+                        self._on_record(record)
+            except Exception:
+                self._logger.exception("cannot follow %s; trying again", self._log.path)
+            self._wake.wait(self._delay())
+            self._wake.clear()
+
+    def _delay(self):
+        if not self._waiting:
+            return IDLE_POLL_SECONDS
+        return poll_delay(self._clock() - self._last_activity, self._interval)
+
+    def _on_record(self, record):
+        if record.kind == "end":
+            self._has_ended = self._is_closed = True
+            self._wake_all()
+        elif record.kind == "response":
+            self._on_response(record)
+        elif record.index > self._last_index:
+            self._add_turn(record.index, _digest(record.text.encode("utf-8")))
+
+    def _on_response(self, record):
+        turn = self._turns.get(record.index)
+        if turn is None or turn.answer_offset is not None:
+            self._logger.warning("ignored an answer to request %d, which waits for none", record.index)
+            return
+        self._answered += 1
+        self._last_activity = self._clock()
+        turn.answer_offset = record.offset
+        for call in turn.calls:
+            call.answer = record
+            call.wake.set()
+        if turn.index in self._recorded:
+            turn.is_recorded = True
+            self._finish(turn, self._recorded[turn.index])
+
+
+def _digest(text):
+    from hashlib import blake2b
+
+    return blake2b(text, digest_size=16).digest()
+
+
+class AgentWatch:
+    """Ends the session when the last of the watched processes has gone.  One thread, begun with the first process."""
+
+    def __init__(self, session: LocalSession, logger):
+        self._session = session
+        self._logger = logger
+        self._lock = threading.Lock()
+        self._watched = {}  # pid -> identity
+        self._stop = threading.Event()
+        self._thread = None
+
+    def watch(self, pid: int) -> bool:
+        """Watch a process; whether it is alive.  One that is gone already counts as having been watched."""
+        identity = process_identity(pid)
+        with self._lock:
+            self._watched[pid] = identity
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="rock-watch", daemon=True)
+                self._thread.start()
+        return identity is not None
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _run(self):
+        while not self._is_last_gone() and not self._stop.wait(WATCH_SECONDS):
+            pass
+
+    def _is_last_gone(self):
+        """Drop the processes that are gone; end the session, and say so, when none is left."""
+        with self._lock:
+            for pid, identity in list(self._watched.items()):
+                if identity is None or process_identity(pid) != identity:
+                    self._logger.info("the watched process %d has gone", pid)
+                    del self._watched[pid]
+            if self._watched:
+                return False
+            try:
+                self._session.end()
+            except StorageError:
+                self._logger.exception("cannot write SESSION_END; trying again")
+                return False
+            self._thread = None
+            return True
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a call ends with.  body: JSON text in UTF-8.  value: the same, parsed.  is_given: the trainer wrote it."""
+
+    status: int
+    body: bytes
+    value: dict
+    is_given: bool
+    headers: tuple = ()
+
+
+def given_answer(record: Record) -> Answer:
+    """The trainer's answer.  One that is no JSON object, as only another writer can leave it, becomes a 502."""
+    try:
+        text, value = json_object(record.body.decode("utf-8"), "the trainer's answer")
+    except ValueError as error:
+        return failed_answer(ApiError(502, str(error), code="bad_answer"))
+    return Answer(error_status(value) or 200, text.encode("utf-8"), value, True)
+
+
+def failed_answer(error: ApiError) -> Answer:
+    """An answer of our own, for a call that gets none."""
+    return Answer(error.status, error.body(), parse_json(error.body().decode("utf-8")), False, error.headers)
+
+
+class LocalCall:
+    """One agent's call, from request to reply."""
+
+    def __init__(self, service: LocalService, request: Request):
+        self._service = service
+        self._request = request
+        self._text, self._body = request.json()
+        self._is_stream = bool(self._body.get("stream"))
+        self._start_time, self._began = service.clock(), time.monotonic()
+        retry_count = request.head.header("x-stainless-retry-count", "0")
+        is_retry = bool(re.match(r"0*[1-9][0-9]*\Z", retry_count))
+        self._call = service.session.open_call(self._text, is_retry)
+        self._answer = None  # what the client gets, once that is written down
+        self._is_closed = False
+
+    @property
+    def model(self) -> object:
+        """The model asked for."""
+        return self._body.get("model")
+
+    def reply(self) -> Reply:
+        """Wait for the answer as long as the client can bear silence, then go on waiting in a reply that streams."""
+        try:
+            self._request.watch_hangup(self._call.hang_up)
+            if not self._wait():
+                return self._patient_reply()
+        except BaseException:
+            self._close(False)
+            raise
+        answer = self._answer
+        if self._is_stream and answer.status < 400:
+            return Reply(200, self._stream_body(), SSE_TYPE, SSE_HEADERS, done=self._close, note=self._note())
+        return Reply(answer.status, answer.body, headers=answer.headers, done=self._close, note=self._note())
+
+    def _patient_reply(self):
+        def pieces():
+            while not self._answer:
+                yield SSE_HEARTBEAT if self._is_stream else JSON_HEARTBEAT
+                self._wait()
+            yield self._stream_body() if self._is_stream else self._answer.body
+
+        kind = (SSE_TYPE, SSE_HEADERS) if self._is_stream else ("application/json", ())
+        return Reply(200, b"", *kind, pieces=pieces(), done=self._close, note=self._note())
+
+    def _note(self):
+        return "index=%d" % self._call.turn.index
+
+    def _stream_body(self):
+        value = self._answer.value
+        if self._answer.status >= 400:
+            return sse_event(value if "error" in value else {"error": value})
+        chunks = completion_chunks(value, self._body, self._call.turn.index, self._start_time)
+        return b"".join([sse_event(chunk) for chunk in chunks] + [SSE_DONE])
+
+    def _wait(self):
+        """Wait for what the client gets and write it down; whether it came before a heartbeat was due.
+
+        Raises ClientGone.
+        """
+        limit = self._service.settings.request_timeout
+        deadline = float("inf") if limit is None else self._began + limit
+        silent_until = time.monotonic() + self._service.settings.heartbeat_seconds
+        while not self._answer:
+            now = time.monotonic()
+            answer = self._outcome()
+            if not answer and now >= deadline:
+                answer = failed_answer(ApiError(504, "no answer came within %g s" % limit, code="timeout"))
+            if answer:
+                self._answer = self._recorded(answer)
+            elif now >= silent_until:
+                return False
+            else:
+                self._call.wake.wait(min(silent_until, deadline) - now)
+                self._call.wake.clear()
+        return True
+
+    def _outcome(self):
+        """What the call has come to by now, or None."""
+        if self._call.has_hung_up:
+            raise ClientGone
+        if self._call.answer:
+            return self._streamable(given_answer(self._call.answer))
+        try:
+            self._service.session.check_open()
+        except ApiError as error:
+            return failed_answer(error)
+        return None
+
+    def _streamable(self, answer):
+        """The answer, or a 502 where the agent asked for a stream and none can be made from it."""
+        if self._is_stream and answer.status < 400:
+            try:
+                completion_chunks(answer.value, self._body, 0, 0)
+            except ValueError as error:
+                return failed_answer(ApiError(502, "the trainer's answer: %s" % error, code="bad_answer"))
+        return answer
+
+    def _recorded(self, answer):
+        """Write the call down, before its end can be seen; the answer, or an error where that failed."""
+        session, turn = self._service.session, self._call.turn
+        if not answer.is_given:
+            self._record(answer.status, None, answer.value["error"]["message"])
+        elif session.claim_record(turn):
+            try:
+                self._record(answer.status, answer.body.decode("utf-8"), None)
+            except StorageError as error:
+                session.unclaim_record(turn)
+                return failed_answer(ApiError(500, str(error), code="storage_error"))
+        return answer
+
+    def _record(self, status, response, error):
+        """Add a line to the trajectory.  Raises StorageError, and only where the line held an answer."""
+        seconds, index = time.monotonic() - self._began, self._call.turn.index
+        start, stream = self._start_time, self._is_stream
+        record = CallRecord(self._text, response, self.model, stream, status, error, start, seconds, index)
+        try:
+            self._service.trajectory.append(record.line())
+        except StorageError as failure:
+            if response is not None:
+                raise
+            self._service.logger.error("a call without an answer is not in the trajectory: %s", failure)
+
+    def _close(self, is_sent):
+        """The reply is done, or will never be."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if not self._answer:
+            self._record(499, None, "the client hung up")
+        is_delivered = is_sent and self._answer and self._answer.is_given
+        self._service.session.close_call(self._call, self._answer.status if is_delivered else None)
+
+
+class LocalService:
+    """The endpoints of the local type.
+
+    session: a LocalSession.  watch: an AgentWatch.  trajectory: an AppendFile.  settings: ServiceSettings.
+    clock: seconds since the epoch.
+    """
+
+    def __init__(self, session, watch, trajectory, settings, logger, clock=time.time):
+        self.session = session
+        self.trajectory = trajectory
+        self.settings = settings
+        self.logger = logger
+        self.clock = clock
+        self._watch = watch
+        self._models = {"default": None}  # names as keys, oldest first; only ever added to
+
+    def routes(self) -> list:
+        """The route table of the service's own endpoints."""
+        return [
+            Route("POST", "/v1/chat/completions", self.chat_completions),
+            Route("GET", "/v1/models", self.list_models),
+            Route("GET", "/v1/models/{name}", self.get_model),
+            Route("POST", "/v1/agent/watch", self.watch_agent),
+        ]
+
+    def chat_completions(self, request: Request) -> Reply:
+        """Hand the call to the trainer, and its answer back."""
+        try:
+            call = LocalCall(self, request)
+        except StorageError as error:
+            raise ApiError(500, str(error), code="storage_error") from error
+        if isinstance(call.model, str) and len(self._models) < MAX_MODEL_NAMES:
+            self._models[call.model] = None
+        return call.reply()
+
+    def list_models(self, request: Request) -> Reply:
+        """`default`, ROCK's word for any model, and the models that were asked for so far."""
+        return json_reply({"object": "list", "data": [self._model(name) for name in list(self._models)]})
+
+    def get_model(self, request: Request) -> Reply:
+        """Any model there is a word for: the trainer answers for all of them."""
+        from urllib.parse import unquote
+
+        return json_reply(self._model(unquote(request.name)))
+
+    @staticmethod
+    def _model(name):
+        return {"id": name, "object": "model", "created": 0, "owned_by": "rock-model-service"}
+
+    def watch_agent(self, request: Request) -> Reply:
+        """Watch the process `{"pid": n}`."""
+        pid = request.json()[1].get("pid")
+        if type(pid) is not int or not 0 < pid < 2**31:
+            raise ApiError(400, "pid must be a process number, got %s" % dump_json(pid), param="pid")
+        if pid == os.getpid():
+            raise ApiError(400, "%d is the model service itself, not an agent" % pid, param="pid")
+        is_alive = self._watch.watch(pid)
+        return json_reply({"status": "watching" if is_alive else "gone", "pid": pid})
+
+
+class LocalServer:
+    """A local service with all that it is made of, started and stopped in the right order.
+
+    It listens at once and answers from `start` on.  Unless is_resumed, the files of an earlier session are set aside.
+    Raises RockError where it cannot listen, StorageError where a file cannot be used.
+    """
+
+    def __init__(self, settings: ServiceSettings, paths: DataPaths, logger, is_resumed: bool = False):
+        recorded = recorded_turns(paths.traj_file) if is_resumed else {}
+        self.session = LocalSession(MarkerLog(paths.log_file), settings.polling_interval_seconds, logger, recorded)
+        self._watch = AgentWatch(self.session, logger)
+        service = LocalService(self.session, self._watch, AppendFile(paths.traj_file), settings, logger)
+        self.http = HTTPService(
+            settings.host,
+            settings.port,
+            service.routes(),
+            logger,
+            settings.type,
+            self.session.gauges,
+            settings.api_key,
+            settings.max_body_bytes,
+        )
+        try:
+            if not is_resumed:
+                paths.set_earlier_aside(settings.traj_append_mode, logger)
+            self.session.start()
+        except BaseException:
+            self.http.stop()
+            raise
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self.http.start()
+
+    def stop(self) -> None:
+        """End waiting calls with 503, then every thread."""
+        self.session.stop()
+        self.http.stop()
+        self._watch.stop()
+
+
+# ======================================================================================================================
+# Command line: one function a command. Standard output is for what was asked for, standard error for everything else.
+# ======================================================================================================================
+
+START_SECONDS = 30.0  # for the service to answer after `start`
+REQUEST_SECONDS = 10.0  # for a command's own request to the service
+READY = b"ready\n"
+
+
+def say(text: str) -> None:
+    """Print a line in UTF-8, whatever the locale."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace") + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def complain(text: str) -> None:
+    """Print a line on standard error."""
+    sys.stderr.write("rock-ms: %s\n" % text)
+
+
+def connect_host(host: str) -> str:
+    """The address at which a server that listens on `host` is reached from this machine."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+
+
+def call_service(host: str, port: int, method: str, path: str, value: object = None, api_key: str | None = None):
+    """Send one request to a running service; return its JSON.  Raises RockError with what it, or the network, said."""
+    from http.client import HTTPConnection, HTTPException
+
+    connection = HTTPConnection(connect_host(host), port, timeout=REQUEST_SECONDS)
+    body = None if value is None else dump_json(value).encode("utf-8")
+    headers = {"Content-Type": "application/json", **({"Authorization": "Bearer " + api_key} if api_key else {})}
+    try:
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        answer = parse_json(response.read().decode("utf-8"))
+    except (OSError, HTTPException, ValueError) as error:
+        raise RockError("no model service answers on %s:%s: %s" % (connect_host(host), port, error)) from None
+    finally:
+        connection.close()
+    if response.status >= 400:
+        raise RockError("the model service refused: %s" % answer["error"]["message"])
+    return answer
+
+
+def command_start(args: argparse.Namespace) -> int:
+    """Run the service, here or in the background."""
+    flags = {spec.name: getattr(args, spec.name, None) for spec in fields(ServiceSettings)}
+    settings = resolve_settings(ServiceSettings, flags, os.environ, args.config_file)
+    data_dir = resolve_data_dir(args.data_dir, os.environ)
+    paths = DataPaths.of(data_dir, settings)
+    try:
+        paths.make_directories()
+    except OSError as error:
+        raise StorageError("cannot make %s: %s" % (error.filename, error.strerror)) from None
+    if args.foreground:
+        return run_service(settings, paths, args.resume, args.ready_fd)
+    return start_in_background(paths, flags, args)
+
+
+def run_service(settings: ServiceSettings, paths: DataPaths, is_resumed: bool, ready_fd: int | None) -> int:
+    """Be the service until a signal ends it.  What keeps it from starting goes to `ready_fd`, where there is one."""
+    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    signals = {number for number in signals if signal.getsignal(number) is not signal.SIG_IGN}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # in every thread, or one would die of it before sigwait
+    raise_descriptor_limit()
+    state = ServiceState(paths.data_dir)
+    try:
+        state.acquire()
+        logger = open_logger(paths.logging_file, is_loud=ready_fd is None)
+        server = LocalServer(settings, paths, logger, is_resumed)
+    except (RockError, OSError) as error:
+        state.release()
+        if ready_fd is None:
+            raise
+        os.write(ready_fd, str(error).encode("utf-8", "replace"))
+        return EXIT_FAILED
+    try:
+        server.start()
+        state.write(**_state_of(settings, paths, server))
+        logger.info("started: pid %d, %s:%d, log %s", os.getpid(), server.http.host, server.http.port, paths.log_file)
+        if ready_fd is not None:
+            with contextlib.suppress(OSError):
+                os.write(ready_fd, READY)
+                os.close(ready_fd)
+        number = signal.sigwait(signals)
+        logger.info("stopping: %s", signal.Signals(number).name)
+    finally:
+        server.stop()
+        state.clear()
+        logger.info("stopped")
+        state.release()
+    return 0
+
+
+def _state_of(settings, paths, server):
+    return {
+        "pid": os.getpid(),
+        "identity": process_identity(os.getpid()),
+        "host": server.http.host,
+        "port": server.http.port,
+        "type": settings.type,
+        "log_file": paths.log_file,
+        "version": __version__,
+        "session_ended": server.session.has_ended,
+    }
+
+
+def raise_descriptor_limit() -> None:
+    """Allow as many open files as this user may have: each waiting agent is one."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def open_logger(path: str, is_loud: bool) -> object:
+    """The service's own log; with is_loud also on standard error.  Raises OSError."""
+    import logging
+
+    logger = logging.Logger("rock-ms", logging.INFO)
+    handlers = [logging.FileHandler(path, encoding="utf-8")] + ([logging.StreamHandler()] if is_loud else [])
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+    return logger
+
+
+def start_in_background(paths: DataPaths, flags: dict, args: argparse.Namespace) -> int:
+    """Start a process of our own that is the service; return once it answers."""
+    state = ServiceState(paths.data_dir)
+    if state.is_running():
+        raise RockError(state.running_message())
+    process, ready = _spawn_service(paths, flags, args)
+    try:
+        said = _read_until_ready(ready)
+        if said != READY:
+            reason = said.decode("utf-8", "replace") or "it ended at once; see %s" % paths.logging_file
+            raise RockError("the model service did not start: %s" % reason)
+        running = state.read()
+        call_service(running["host"], running["port"], "GET", "/health")
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    finally:
+        os.close(ready)
+    process.returncode = 0  # it is meant to outlive us: no warning that it does
+    say("model service started: pid %(pid)d, http://%(host)s:%(port)d/v1, log %(log_file)s" % running)
+    if running["session_ended"]:
+        complain("the resumed session has ended already; start without --resume to begin a new one")
+    return 0
+
+
+def _spawn_service(paths, flags, args):
+    """The process, and the descriptor on which it says READY, or why not."""
+    import subprocess
+
+    command = [sys.executable, os.path.abspath(__file__), "start", "--foreground", "--data-dir", paths.data_dir]
+    for spec in fields(ServiceSettings):
+        if flags[spec.name] is not None and not spec.metadata["secret"]:
+            command += [spec.metadata["flag"], flags[spec.name]]
+    command += ["--config-file", args.config_file] if args.config_file else []
+    command += ["--resume"] if args.resume else []
+    environ = dict(os.environ, **({"ROCK_MODEL_SERVICE_API_KEY": args.api_key} if args.api_key else {}))
+    ready, ready_fd = os.pipe()
+    try:
+        with open(paths.logging_file, "ab") as log:
+            process = subprocess.Popen(
+                command + ["--ready-fd", str(ready_fd)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environ,
+                pass_fds=[ready_fd],
+                start_new_session=True,
+            )
+    except OSError as error:
+        os.close(ready)
+        raise RockError("cannot start the model service: %s" % error) from None
+    finally:
+        os.close(ready_fd)
+    return process, ready
+
+
+def _read_until_ready(ready):
+    import select
+
+    said, deadline = b"", time.monotonic() + START_SECONDS
+    poll = select.poll()
+    poll.register(ready, select.POLLIN)
+    while said != READY:
+        if not poll.poll(max(0, deadline - time.monotonic()) * 1000):
+            return b"it did not answer within %d s" % START_SECONDS
+        piece = os.read(ready, 4096)
+        if not piece:
+            break
+        said += piece
+    return said
+
+
+def command_stop(args: argparse.Namespace) -> int:
+    """End what `start` began."""
+    data_dir = resolve_data_dir(args.data_dir, os.environ)
+    state = ServiceState(data_dir)
+    if not state.is_running():
+        state.clear()
+        say("no model service runs on %s" % data_dir)
+        return 0
+    pid = state.verified_pid()
+    if pid is None:
+        raise RockError("the service on %s is not a process of this machine; stop it where it runs" % data_dir)
+    for number, seconds in ((signal.SIGTERM, 2 * STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
+        identity = process_identity(pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if identity is None or process_identity(pid) != identity:
+                state.clear()
+                say("model service stopped (pid %d)" % pid)
+                return 0
+            time.sleep(0.01)
+    raise RockError("the model service (pid %d) does not end" % pid)
+
+
+def command_watch_agent(args: argparse.Namespace) -> int:
+    """Have the service watch a process."""
+    state = ServiceState(resolve_data_dir(args.data_dir, os.environ)).read()
+    defaults = resolve_settings(ServiceSettings, {"host": args.host, "port": args.port}, os.environ, None)
+    host = args.host or state.get("host") or defaults.host
+    port = defaults.port if args.port else state.get("port") or defaults.port
+    answer = call_service(host, port, "POST", "/v1/agent/watch", {"pid": args.pid}, args.api_key or defaults.api_key)
+    if answer["status"] == "gone":
+        complain("process %d has gone already" % args.pid)
+    say("watching process %d" % args.pid)
+    return 0
+
+
+def command_anti_call_llm(args: argparse.Namespace) -> int:
+    """Answer a request, and print the next one."""
+    data_dir = resolve_data_dir(args.data_dir, os.environ)
+    state = ServiceState(data_dir)
+    path = os.environ.get("LOG_FILE") or state.read().get("log_file") or os.path.join(data_dir, LOG_FILE_NAME)
+    log = MarkerLog(path)
+    if args.index < 0:
+        raise UsageError("--index counts from 0, got %d" % args.index)
+    text = read_response(args, log)
+    place = log.find(args.index) if text is None else log.append_response(args.index, text)
+    if args.response_file not in (None, "-"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(args.response_file)
+    settings = resolve_settings(ServiceSettings, {}, os.environ, None)
+    waiter = RequestWaiter(log, settings.polling_interval_seconds, state.liveness)
+    say(waiter.wait(args.index + 1, place, args.timeout))
+    return 0
+
+
+def read_response(args: argparse.Namespace, log: MarkerLog) -> str | None:
+    """The answer given to anti-call-llm as one line of JSON, or None.  Raises UsageError.
+
+    A response file is removed once its content is in the log; when the call is then repeated, the log has it.
+    """
+    if args.response is None and args.response_file is None:
+        return None
+    if args.index == 0:
+        raise UsageError("--index 0 waits for the first request and takes no response")
+    if args.response is not None:
+        data, source = os.fsencode(args.response), "--response"
+    elif args.response_file == "-":
+        data, source = sys.stdin.buffer.read(), "the response on standard input"
+    else:
+        source = args.response_file
+        try:
+            with open(source, "rb") as file:
+                data = file.read()
+        except FileNotFoundError:
+            if log.find(args.index).response:
+                return None
+            raise UsageError("the response file %s does not exist" % source) from None
+        except OSError as error:
+            raise UsageError("cannot read the response file %s: %s" % (source, error.strerror)) from None
+    try:
+        return json_object(data.decode("utf-8-sig"), source)[0]
+    except UnicodeDecodeError as error:
+        raise UsageError("%s is not UTF-8 at byte %d" % (source, error.start)) from None
+    except ValueError as error:
+        raise UsageError("%s; give an OpenAI completion or error object" % error) from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The demo: what a trainer, an agent and the service do, with the very commands that a user would type.
+# ----------------------------------------------------------------------------------------------------------------------
+
+_DEMO_AGENT = r"""
+import json, os, urllib.request
+
+def ask(prompt, stream=False):
+    body = {"model": "demo", "messages": [{"role": "user", "content": prompt}], "stream": stream}
+    request = urllib.request.Request(os.environ["OPENAI_BASE_URL"] + "/chat/completions", json.dumps(body).encode(),
+                                     {"Content-Type": "application/json"})
+    answer = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60).read().decode()
+    if not stream:
+        return json.loads(answer)["choices"][0]["message"]["content"]
+    events = [json.loads(line[6:]) for line in answer.splitlines() if line.startswith("data: {")]
+    return "".join(choice["delta"].get("content") or "" for event in events for choice in event["choices"])
+
+first = ask("What is 6 times 7?")
+print("agent    got an answer: " + first, flush=True)
+print("agent    got a stream:  " + ask("Is " + first + " a prime number?", stream=True), flush=True)
+"""
+_DEMO_ANSWERS = ("42", "No: 42 = 2 x 3 x 7.")
+
+
+def command_demo(_: argparse.Namespace) -> int:
+    """Show the whole loop: the service, an agent of two calls, the trainer's side, the trajectory."""
+    import shutil
+    import tempfile
+
+    data_dir = tempfile.mkdtemp(prefix="rock-ms-demo-")
+    try:
+        demo = _Demo(data_dir)
+        try:
+            demo.run()
+        finally:
+            demo.command("stop")
+    finally:
+        shutil.rmtree(data_dir, ignore_errors=True)
+    say(SESSION_END_MARKER)
+    return 0
+
+
+class _Demo:
+    def __init__(self, data_dir):
+        ours = {spec.metadata["env"] for spec in fields(ServiceSettings)}
+        self._environ = {name: value for name, value in os.environ.items() if name not in ours}
+        self._data_dir = data_dir
+
+    def run(self):
+        """The loop, narrated; ends when a request comes back as SESSION_END."""
+        import subprocess
+
+        self._run("start", "--host", "127.0.0.1", "--port", "0")
+        url = "http://127.0.0.1:%d/v1" % ServiceState(self._data_dir).read()["port"]
+        say("agent    starts with OPENAI_BASE_URL=%s" % url)
+        agent = subprocess.Popen([sys.executable, "-c", _DEMO_AGENT], env=dict(self._environ, OPENAI_BASE_URL=url))
+        try:
+            self._run("watch-agent", "--pid", str(agent.pid))
+            self._train()
+            if agent.wait(REQUEST_SECONDS):
+                raise RockError("the demo's agent failed")
+        finally:
+            agent.kill()
+            agent.wait()
+        with open(os.path.join(self._data_dir, TRAJ_FILE_NAME), encoding="utf-8") as file:
+            for line in file:
+                call = parse_json(line)
+                say("traj     index %(index)d, status %(status)d, stream %(stream)s, %(response_time).3f s" % call)
+
+    def _train(self):
+        request = self._run("anti-call-llm", "--index", "0")
+        for index, content in enumerate(_DEMO_ANSWERS, 1):
+            answer = {"choices": [{"index": 0, "message": {"role": "assistant", "content": content}}]}
+            request = self._run("anti-call-llm", "--index", str(index), "--response", dump_json(answer))
+        if request != SESSION_END_MARKER:
+            raise RockError("the demo's session did not end: %s" % request)
+
+    def _run(self, *words):
+        """Run a command and show it."""
+        from shlex import quote
+
+        printed = self.command(*words)
+        say("$ rock_ms.py %s\n  %s" % (" ".join(map(quote, words)), printed))
+        return printed
+
+    def command(self, *words):
+        """Run one of our commands as a user would; what it printed."""
+        import subprocess
+
+        command = [sys.executable, os.path.abspath(__file__), *words, "--data-dir", self._data_dir]
+        done = subprocess.run(command, stdout=subprocess.PIPE, env=self._environ)
+        if done.returncode:
+            raise RockError("the demo's command failed: %s" % " ".join(words))
+        return done.stdout.decode("utf-8").strip()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The parser: flags and their help follow the settings.
+# ----------------------------------------------------------------------------------------------------------------------
+
+_EXAMPLES = {
+    "start": """examples:
+  rock-ms start                                  in the background, on 0.0.0.0:8080
+  rock-ms start --port 9000 --data-dir ./logs    elsewhere
+  rock-ms start --resume                         go on with the session of the last service
+  rock-ms start --foreground                     stay here and show each request; Ctrl-C ends it""",
+    "watch-agent": """examples:
+  my-agent & rock-ms watch-agent --pid $!        SESSION_END is written when the agent has gone""",
+    "anti-call-llm": """examples:
+  rock-ms anti-call-llm --index 0                        wait for request 1, print it
+  rock-ms anti-call-llm --index 1 --response '{...}'     answer request 1, wait for request 2, print it
+  rock-ms anti-call-llm --index 1 --response-file R      the same; R is removed once it is read
+  rock-ms anti-call-llm --index 1                        only wait for request 2
+
+It prints the request's JSON on one line, or SESSION_END.  Repeating a call is safe.
+exit codes: 0 printed, 1 failed, 2 bad usage, 75 not yet (--timeout is over)""",
+}
+
+
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="The ROCK model service: an agent's LLM calls, answered by a trainer.",
+        epilog="Try '%(prog)s demo' first.  Each command has its own --help, with examples.",
+    )
+    parser.add_argument("--version", action="version", version="rock-model-service " + __version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_start(_add_command(commands, "start", command_start, "start the service in the background"))
+    _add_anti_call(_add_command(commands, "anti-call-llm", command_anti_call_llm, "answer, and wait for the next call"))
+    _add_watch(_add_command(commands, "watch-agent", command_watch_agent, "end the session when a process ends"))
+    _add_command(commands, "stop", command_stop, "stop the service")
+    _add_command(commands, "demo", command_demo, "show the whole loop in two seconds", has_data_dir=False)
+    return parser
+
+
+def _add_command(commands, name, function, help, has_data_dir=True):
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=function.__doc__,
+        epilog=_EXAMPLES.get(name),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(function=function)
+    if has_data_dir:
+        where = "directory of log, trajectory and state (env ROCK_MODEL_SERVICE_DATA_DIR; default %s, else %s)"
+        parser.add_argument("--data-dir", metavar="DIR", help=where % (DEFAULT_DATA_DIR, FALLBACK_DATA_DIR))
+    return parser
+
+
+def _add_start(parser):
+    for spec in fields(ServiceSettings):
+        if spec.metadata["flag"]:
+            parser.add_argument(spec.metadata["flag"], dest=spec.name, metavar="VALUE", help=_setting_help(spec))
+    parser.add_argument("--config-file", metavar="FILE", help="settings by name, in JSON or YAML")
+    parser.add_argument("--resume", action="store_true", help="continue the last session instead of a new one")
+    parser.add_argument("--foreground", action="store_true", help="stay in the foreground")
+    parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
+
+
+def _setting_help(spec):
+    notes = ["env " + spec.metadata["env"]] if spec.metadata["env"] else []
+    default = ",".join(str(part) for part in spec.default) if isinstance(spec.default, tuple) else spec.default
+    notes += [] if default is None else ["default %s" % default]
+    return spec.metadata["help"] + (" (%s)" % "; ".join(notes) if notes else "")
+
+
+def _add_anti_call(parser):
+    parser.add_argument("--index", type=int, required=True, help="the last request: it is answered, the next printed")
+    answer = parser.add_mutually_exclusive_group()
+    answer.add_argument("--response", metavar="JSON", help="the answer to that request: a completion, or an error")
+    answer.add_argument("--response-file", metavar="FILE", help="the same from a file, removed once read; -: stdin")
+    parser.add_argument("--timeout", type=_timeout, metavar="SECONDS", help="how long to wait (default: no limit)")
+
+
+def _timeout(text):
+    seconds = float(text)
+    if not 0 <= seconds < 1e9:
+        raise ValueError
+    return seconds
+
+
+_timeout.__name__ = "number of seconds"  # argparse's message quotes it
+
+
+def _add_watch(parser):
+    parser.add_argument("--pid", type=int, required=True, help="the agent's process number")
+    parser.add_argument("--host", help="where the service listens (default: as it says in the data dir)")
+    parser.add_argument("--port", help="the same")
+    parser.add_argument("--api-key", metavar="KEY", help="the service's token (env ROCK_MODEL_SERVICE_API_KEY)")
+
+
+def main(argv: list | None = None) -> int:
+    """Run one command; return its exit code: 0 done, 1 failed, 2 bad usage, 75 not yet."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    prog = os.path.basename(sys.argv[0] or "rock-ms")
+    if words[:1] == ["model-service"]:  # as ROCK spells it: rock model-service start
+        prog, words = prog + " model-service", words[1:]
+    args = build_parser(prog).parse_args(words)
+    try:
+        return args.function(args)
+    except RockError as error:
+        complain(str(error))
+        return error.exit_code
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""The README is true: its tables are the code's, its commands run."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+import rock_ms
+from support import SCRIPT, Later, clean_environ, completion, run_cli, wait_until
+
+README = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "README.md")
+
+
+@pytest.fixture(scope="module")
+def readme():
+    with open(README, encoding="utf-8") as file:
+        return file.read()
+
+
+def code(name):
+    return "`%s`" % name if name else ""
+
+
+def test_settings_table_is_the_dataclass(readme):
+    rows = []
+    for spec in rock_ms.fields(rock_ms.ServiceSettings):
+        default = spec.default
+        if spec.name == "proxy_rules":
+            shown = "ROCK's two"
+        elif isinstance(default, tuple):
+            shown = code(",".join(map(str, default)))
+        else:
+            shown = "none" if default is None else code(str(default))
+        meta = spec.metadata
+        cells = (code(spec.name), code(meta["flag"]), code(meta["env"]), shown, meta["help"])
+        rows.append(re.sub(" +", " ", "| %s | %s | %s | %s | %s |" % cells))
+    table = readme.split("| name | flag |")[1].split("\n\n")[0]
+    assert [re.sub(" +", " ", row) for row in table.splitlines()[2:]] == rows
+
+
+def test_endpoints_table_has_every_route(readme, service):
+    router = service.server.http.router
+    for methods in list(router._exact.values()) + list(router._named.values()):
+        for route in methods.values():
+            assert "%s %s" % (route.method, route.path.replace("{name}", "NAME")) in readme
+
+
+def test_commands_table_has_every_command(readme):
+    commands = readme.split("## Commands")[1].split("\n\n")[1]
+    for name in re.findall(r"^    ([a-z-]+) ", run_cli("--help", check=0).out, re.MULTILINE):
+        assert "| `%s" % name in commands
+
+
+def test_demo_prints_what_is_shown(readme):
+    shown = readme.split("$ python3 rock_ms.py demo\n")[1].split("...\n")[0].splitlines()
+    printed = run_cli("demo", check=0).out.splitlines()
+
+    def general(line):
+        return re.sub(r"rock-ms-demo-\w+|[0-9]{4,}", "N", line)
+
+    lines = [general(line) for line in printed]
+    assert [general(line) for line in shown if general(line) not in lines] == []
+
+
+def test_loop_runs_as_shown(readme, tmp_path):
+    """The section's commands, word for word but for the port, the agent and where python3 is."""
+    section = readme.split("## The loop")[1].split("\n## ")[0]
+    begin, train, end = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    port = free_port()
+    agent = tmp_path / "my-agent"
+    agent.write_text("#!/bin/sh\nexec %s %s/agent.py\n" % (sys.executable, tmp_path))
+    agent.chmod(0o755)
+    (tmp_path / "agent.py").write_text(AGENT)
+    (tmp_path / "python3").symlink_to(sys.executable)
+    (tmp_path / "rock_ms.py").symlink_to(SCRIPT)
+    answer = rock_ms.dump_json(completion("fixed"))
+    (tmp_path / "answer.json").write_text(answer)
+    environ = clean_environ(ROCK_MODEL_SERVICE_DATA_DIR=str(tmp_path / "data"), ANSWER=answer)
+    environ["PATH"] = "%s:%s" % (tmp_path, environ["PATH"])
+
+    def shell(text):
+        script = text.replace("8080", str(port))
+        return subprocess.check_output(["sh", "-ec", script], cwd=str(tmp_path), env=environ, timeout=60).decode()
+
+    try:
+        started = Later(lambda: shell(begin))
+        printed = shell(train).splitlines()
+        assert "watching process" in started.result()
+        assert [line[:30] for line in printed] == [
+            '{"model":"m","messages":["one"',
+            '{"model":"m","messages":["two"',
+            "SESSION_END",
+        ]
+    finally:
+        assert "stopped" in shell(end)
+    wait_until(lambda: (tmp_path / "agent.done").exists())
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+AGENT = """
+import json, os, urllib.request
+for prompt in ("one", "two"):
+    request = urllib.request.Request(
+        os.environ["OPENAI_BASE_URL"] + "/chat/completions",
+        json.dumps({"model": "m", "messages": [prompt]}).encode(),
+        {"Content-Type": "application/json", "Authorization": "Bearer " + os.environ["OPENAI_API_KEY"]})
+    urllib.request.urlopen(request, timeout=60).read()
+open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "agent.done"), "w").close()
+"""
