@@ -32,6 +32,7 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import os
 import re
@@ -39,7 +40,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 # Imports that only the running service needs stand in the functions that need them: `anti-call-llm` runs once a
 # turn, and http.server alone would double the time it takes to start.
@@ -88,7 +89,7 @@ IDLE_POLL_SECONDS = 1.0  # nobody waits for an answer, only another writer's SES
 WATCH_SECONDS = 0.2  # how often a watched process is looked at
 GONE_SECONDS = 30.0  # how long anti-call-llm lets the service be away, for a restart with --resume
 LIVENESS_SECONDS = 1.0  # how often it looks
-PROBE_SECONDS = 0.2  # how long such a look may keep a starting service from its lock, and far more than it does
+PROBE_SECONDS = 0.5  # how long a starting service may take to get its lock from such a look, and to say who it is
 MAX_FINISHED_TURNS = 4096  # remembered for an agent's late retry; each costs some 300 bytes
 MAX_MODEL_NAMES = 100  # listed by /v1/models; the names come from the agent
 
@@ -117,7 +118,7 @@ class NotYet(RockError):
 
 
 class StorageError(RockError):
-    """A file of ours could not be read or written."""
+    """A file of ours could not be read or written.  Its message has paths in it: it is for logs, not for clients."""
 
 
 class ClientGone(Exception):
@@ -154,6 +155,11 @@ class ApiError(RockError):
         return dump_json({"error": error}).encode("utf-8")
 
 
+def storage_failure() -> ApiError:
+    """What a client is told of a StorageError."""
+    return ApiError(500, "the service cannot store this call; its own log says why", code="storage_error")
+
+
 class ProtocolError(ApiError):
     """A message that is malformed or ambiguous as HTTP.  The connection cannot be used after it."""
 
@@ -169,13 +175,13 @@ def _refuse_constant(name):
     raise ValueError("%s is not a JSON value" % name)
 
 
-def parse_json(text: str) -> object:
+def parse_json(text: str, object_pairs_hook=None) -> object:
     """The value of a JSON text by RFC 8259: NaN and Infinity are refused.
 
     Raises ValueError, whose message says what is wrong and where; also for nesting too deep to be read.
     """
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=object_pairs_hook)
     except RecursionError:
         raise ValueError("the JSON is nested too deeply") from None
 
@@ -240,13 +246,14 @@ class Record:
     """One line of the marker log.
 
     kind: "request", "response" or "end".  index: the turn, from 1; 0 for "end".  body: the JSON text in UTF-8, as it
-    stands in the log.  offset: where in the file the line starts, in bytes.
+    stands in the log.  offset: where in the file the line starts, in bytes.  timestamp: milliseconds since the epoch.
     """
 
     kind: str
     index: int = 0
     body: bytes = b""
     offset: int = 0
+    timestamp: int = 0
 
     @property
     def text(self) -> str:
@@ -279,7 +286,9 @@ def parse_record(line: bytes, offset: int = 0) -> Record | None:
             if record and (not _holds_start(record.body) or _is_json(record.body)):
                 return record
             return _parse_behind_torn(line, offset) or record
-    return None
+    at = min((line.find(start) for _, start, _ in _KINDS if start in line), default=0)
+    is_torn = at and any(marker.startswith(line[:at]) for marker in (_KINDS[0][1], _KINDS[1][1], b"SESSION_END"))
+    return parse_record(line[at:], offset) if is_torn else None
 
 
 def _parse_body(kind, rest, end, offset):
@@ -287,12 +296,13 @@ def _parse_body(kind, rest, end, offset):
     if at < 0:
         return None
     try:
-        index = parse_json(rest[at + len(end) :].decode("ascii")).get("index")
+        meta = parse_json(rest[at + len(end) :].decode("ascii"))
+        index, timestamp = meta.get("index"), meta.get("timestamp")
     except (ValueError, AttributeError):
         return None
     if type(index) is not int or index < 1:
         return None
-    return Record(kind, index, rest[:at], offset)
+    return Record(kind, index, rest[:at], offset, timestamp if type(timestamp) is int else 0)
 
 
 def _holds_start(body):
@@ -325,6 +335,7 @@ def _parse_behind_torn(line, offset):
 _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+\Z")
 _FIELD_VALUE = re.compile(rb"[\t \x21-\x7e\x80-\xff]*\Z")
 _TARGET = re.compile(rb"[\x21-\x7e]+\Z")
+_HOST = re.compile(r"[\w.~!$&'()*+,;=%:\[\]-]*\Z", re.ASCII)
 _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n)")
 _VERSION = re.compile(rb"HTTP/([0-9])\.([0-9])\Z")
 _JSON_TYPE = re.compile(r"application/(?:[\w.+-]+\+)?json\Z")
@@ -395,9 +406,11 @@ def _parse_request_line(line):
 
 
 def _split_target(target):
-    if target.lower().startswith(("http://", "https://")):
-        target = "/" + target.split("//", 1)[1].partition("/")[2]
     path, _, query = target.partition("?")
+    if path.lower().startswith(("http://", "https://")):
+        path = "/" + path.split("//", 1)[1].partition("/")[2]
+    if not path.startswith("/") and path != "*":
+        raise ProtocolError(400, "the request target is neither a path nor an http URL")
     return path.rstrip("/") or "/", query
 
 
@@ -417,14 +430,17 @@ def _values(headers, name):
 
 
 def _tokens(headers, name):
-    return [token.strip().lower() for value in _values(headers, name) for token in value.split(",")]
+    return [token.strip(" \t").lower() for value in _values(headers, name) for token in value.split(",")]
 
 
 def _parse_framing(headers, is_http10):
     """Where the body ends (RFC 9112, section 6), as fields of RequestHead."""
     lengths, codings = _values(headers, "content-length"), _values(headers, "transfer-encoding")
-    if len(_values(headers, "host")) != 1 and not (is_http10 and not _values(headers, "host")):
+    hosts = _values(headers, "host")
+    if len(hosts) != 1 and not (is_http10 and not hosts):
         raise ProtocolError(400, "a request needs exactly one Host field")
+    if hosts and not _HOST.match(hosts[0]):
+        raise ProtocolError(400, "the Host field is not a host name with a port")
     if lengths and codings:
         raise ProtocolError(400, "both Content-Length and Transfer-Encoding: where the body ends is ambiguous")
     if len(lengths) > 1 or any(not re.match(r"[0-9]{1,18}\Z", length) for length in lengths):
@@ -446,7 +462,7 @@ def _parse_framing(headers, is_http10):
 def parse_chunk_size(line: bytes) -> int:
     """The size on a chunk's first line; extensions are ignored.  Raises ProtocolError."""
     size = line.split(b";", 1)[0].rstrip(b" \t")
-    if not re.match(rb"[0-9A-Fa-f]{1,15}\Z", size):
+    if not re.match(rb"[0-9A-Fa-f]{1,15}\Z", size) or not _FIELD_VALUE.match(line):
         raise ProtocolError(400, "a chunk of the body has no valid size")
     return int(size, 16)
 
@@ -615,6 +631,12 @@ def _as_text(value):
     return value
 
 
+def _as_api_key(value):
+    if not isinstance(value, str) or not re.match(r"[\x21-\x7e]+\Z", value):
+        raise ValueError("must be printable ASCII without spaces")
+    return value
+
+
 def _as_port(value):
     if isinstance(value, bool) or not re.match(r"[0-9]{1,5}\Z", str(value)) or int(value) > 65535:
         raise ValueError("must be a whole number from 0 to 65535 (0: any free port)")
@@ -624,7 +646,7 @@ def _as_port(value):
 def _as_seconds(value):
     try:
         seconds = float("nan") if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         seconds = float("nan")
     if not 0 < seconds < 1e9:
         raise ValueError("must be a number of seconds above 0")
@@ -690,7 +712,7 @@ class ServiceSettings:
     host: str = _setting("0.0.0.0", _as_text, "address to listen on", "SERVICE_HOST", "--host")
     port: int = _setting(8080, _as_port, "port to listen on, 0 for any free one", "SERVICE_PORT", "--port")
     api_key: str | None = _setting(
-        None, _as_text, "bearer token that clients must send", "ROCK_MODEL_SERVICE_API_KEY", "--api-key", secret=True
+        None, _as_api_key, "bearer token that clients must send", "ROCK_MODEL_SERVICE_API_KEY", "--api-key", secret=True
     )
     request_timeout: float | None = _setting(
         None, _as_wait, "seconds a call waits for its answer; none: no limit", "REQUEST_TIMEOUT", "--request-timeout"
@@ -729,7 +751,7 @@ def resolve_settings(cls: type, flags: dict, environ: dict, config_file: str | N
 
     flags: by field name, None where not given.  environ: as os.environ; an empty value counts as not set.
     """
-    config = read_config_file(config_file, [f.name for f in fields(cls)]) if config_file else {}
+    config = {} if config_file is None else read_config_file(config_file, [spec.name for spec in fields(cls)])
     values = {}
     for spec in fields(cls):
         flag, env = spec.metadata["flag"], spec.metadata["env"]
@@ -758,7 +780,7 @@ def read_config_file(path: str, known: list) -> dict:
         raise UsageError("cannot read the config file %s: %s" % (path, error)) from None
     try:
         is_json = text.lstrip().startswith("{")
-        config = parse_json(text) if is_json else parse_yaml(text)
+        config = parse_json(text, _unique_keys) if is_json else parse_yaml(text)
     except ValueError as error:
         raise UsageError("%s: %s" % (path, error)) from None
     if config is None:
@@ -769,6 +791,13 @@ def read_config_file(path: str, known: list) -> dict:
         if key not in known:
             raise UsageError("%s: unknown setting %r%s" % (path, key, did_you_mean(str(key), known)))
     return config
+
+
+def _unique_keys(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        raise ValueError("a key stands in its object a second time")
+    return mapping
 
 
 def did_you_mean(word: str, known: list) -> str:
@@ -782,7 +811,7 @@ def did_you_mean(word: str, known: list) -> str:
 def resolve_data_dir(flag: str | None, environ: dict) -> str:
     """The directory of log, trajectory and state: --data-dir, ROCK_MODEL_SERVICE_DATA_DIR, /data/logs, ~/.rock/logs.
 
-    Every command finds it in this same way.  /data/logs counts where it can be written or made.
+    Every command finds it in this same way.  /data/logs counts where it can be written or made.  Raises UsageError.
     """
     chosen = flag or environ.get("ROCK_MODEL_SERVICE_DATA_DIR")
     if chosen:
@@ -792,13 +821,16 @@ def resolve_data_dir(flag: str | None, environ: dict) -> str:
         existing = os.path.dirname(existing)
     if os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK):
         return DEFAULT_DATA_DIR
-    return os.path.expanduser(FALLBACK_DATA_DIR)
+    fallback = os.path.expanduser(FALLBACK_DATA_DIR)
+    if not os.path.isabs(fallback):
+        raise UsageError("%s cannot be written and this user has no home: give --data-dir" % DEFAULT_DATA_DIR)
+    return fallback
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # YAML, the part that configuration files are written in: mappings, lists in both styles, plain and quoted scalars,
 # comments. What it reads, it reads as PyYAML does; whatever else YAML has, or means differently in its versions, is
-# refused with its line number.
+# refused with its line number; without the text, which may be a secret.
 # ----------------------------------------------------------------------------------------------------------------------
 
 _YAML_WORDS = {
@@ -816,28 +848,33 @@ _YAML_AMBIGUOUS = re.compile(
 _YAML_ESCAPES = dict(zip('0abtnvfre"\\/ ', '\0\a\b\t\n\v\f\r\x1b"\\/ '))
 _YAML_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))")
 _YAML_QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"|\'((?:[^\']|\'\')*)\'')
-_YAML_PLAIN_IN_FLOW = re.compile(r"(?:[^,\[\]{}#:]|:(?![\s,\[\]{}]|$)|(?<!\s)#)*")
-_YAML_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
+_YAML_PLAIN_IN_FLOW = re.compile(r"(?::(?! |[,\[\]{}]|$)|[^,\[\]{}#:?]|(?<! )#)*")
+_YAML_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff\ufffe\uffff]")
 _YAML_MAX_DEPTH = 32
+_YAML_MAX_KEY = 1000  # a little below YAML's own limit
+_YAML_MAX_NUMBER = 100
 
 
 def parse_yaml(text: str) -> object:
     """The value of a YAML text.  Raises ValueError that starts with the line number."""
     lines = []
+    has_begun = False
     for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):
         content = line.strip(" ")
         if _YAML_UNPRINTABLE.search(line):
             raise _yaml_error(number, "a control character: use an escape in double quotes")
-        if not content or content.startswith("#") or (content == "---" and not lines):
+        if not content or content.startswith("#"):
             continue
-        if line.lstrip(" ").startswith("\t"):
+        if line.rstrip(" ") == "---" and not has_begun:
+            has_begun = True
+            continue
+        if content.startswith("\t"):
             raise _yaml_error(number, "a tab in the indentation: use spaces")
         if line.startswith(("---", "...", "%")):
             raise _yaml_error(number, "several documents and directives are not understood")
+        has_begun = True
         lines.append((number, len(line) - len(line.lstrip(" ")), content))
-    if not lines:
-        return None
-    return _YamlBlock(lines).read()
+    return _YamlBlock(lines).read() if lines else None
 
 
 def _yaml_error(number, message):
@@ -916,22 +953,28 @@ class _YamlBlock:
         if content[0] in "\"'":
             quoted = _YAML_QUOTED.match(content)
             rest = content[quoted.end() :].lstrip(" ") if quoted else ""
-            if not rest.startswith(":") or rest[1:2].strip():
+            if not rest.startswith(":") or rest[1:2] not in ("", " "):
                 return None
-            return _yaml_unquote(number, quoted), rest[1:].strip()
-        if content[0] in "[{":
+            end = len(content) - len(rest)
+            key, rest = _yaml_unquote(number, quoted), rest[1:].strip(" ")
+        elif content[0] in "[{":
             return None
-        plain = re.match(r"((?:[^:#]|:(?! |$)|(?<! )#)*?) *:(?: +|$)", content)
-        if not plain:
-            return None
-        return _yaml_plain(number, plain.group(1)), content[plain.end() :]
+        else:
+            plain = re.match(r"((?:[^:#]|:(?! |$)|(?<! )#)+?) *:(?: +|$)", content)
+            if not plain:
+                return None
+            end = len(plain.group(0).rstrip(" "))
+            key, rest = _yaml_plain(number, plain.group(1)), content[plain.end() :]
+        if end > _YAML_MAX_KEY:
+            raise _yaml_error(number, "a key longer than %d characters" % _YAML_MAX_KEY)
+        return key, rest
 
 
 def _yaml_value(number, text):
     """The value of one line's text: flow collection, quoted or plain scalar, then at most a comment."""
     value, rest = _yaml_flow(number, text, 0) if text[0] in "[{" else _yaml_scalar(number, text)
     if rest and not re.match(r" +#| *\Z", rest):
-        raise _yaml_error(number, "cannot read %r" % rest.strip())
+        raise _yaml_error(number, "something follows the value: put all of it in quotes")
     return value
 
 
@@ -965,15 +1008,17 @@ def _yaml_plain(number, text):
     if text in _YAML_WORDS:
         return _YAML_WORDS[text]
     if text[0] in "&*!|>%@`#,[]{}\"'" or text in ("-", "?", ":") or text[:2] in ("- ", "? ", ": "):
-        raise _yaml_error(number, "%r is YAML that is not understood here: use quotes for a text" % text)
+        raise _yaml_error(
+            number, "a value that begins with %r is YAML that is not understood here: use quotes for a text" % text[0]
+        )
     if "\t" in text:
         raise _yaml_error(number, "a tab in a value: use quotes")
-    if _YAML_INT.match(text):
+    if _YAML_INT.match(text) and len(text) <= _YAML_MAX_NUMBER:
         return int(text)
-    if _YAML_FLOAT.match(text):
+    if _YAML_FLOAT.match(text) and len(text) <= _YAML_MAX_NUMBER:
         return float(text)
     if _YAML_AMBIGUOUS.match(text):
-        raise _yaml_error(number, "%r means different things to different readers: use quotes for a text" % text)
+        raise _yaml_error(number, "a value that YAML readers take for different things: use quotes for a text")
     return text
 
 
@@ -986,12 +1031,14 @@ def _yaml_flow(number, text, depth):
     if depth > _YAML_MAX_DEPTH:
         raise _yaml_error(number, "nested too deeply")
     while not rest.startswith(closing):
+        entry = rest
         item, rest = _yaml_flow_item(number, rest, depth)
         if is_list:
             value.append(item)
         else:
-            if not rest.startswith(":") or item in value:
-                raise _yaml_error(number, "expected 'key: value' with a new key before %r" % rest)
+            is_key = not isinstance(item, (list, dict)) and len(entry) - len(rest) <= _YAML_MAX_KEY
+            if not rest.startswith(":") or not is_key or item in value:
+                raise _yaml_error(number, "expected 'key: value' with a new key in a mapping")
             value[item], rest = _yaml_flow_item(number, rest[1:].lstrip(" "), depth)
         if rest.startswith(","):
             rest = rest[1:].lstrip(" ")
@@ -1007,8 +1054,8 @@ def _yaml_flow_item(number, text, depth):
         item, rest = _yaml_scalar(number, text)
     else:
         plain = _YAML_PLAIN_IN_FLOW.match(text).group(0)
-        if not plain.strip():
-            raise _yaml_error(number, "an entry is missing before %r" % text)
+        if not plain.strip(" ") or plain.startswith(":"):
+            raise _yaml_error(number, "an entry of a list or mapping is missing")
         item, rest = _yaml_plain(number, plain.strip(" ")), text[len(plain) :]
     return item, rest.lstrip(" ")
 
@@ -1047,12 +1094,6 @@ class LockedFile:
             raise StorageError("cannot write %s: no space left for %d bytes" % (self._path, len(line)))
         return before
 
-    def close_torn_line(self) -> None:
-        """End a half-written last line, so that what follows is whole."""
-        size = self.size
-        if size and os.pread(self.descriptor, 1, size - 1) != b"\n":
-            self.append(b"\n")
-
 
 @dataclass(frozen=True)
 class DataPaths:
@@ -1075,8 +1116,8 @@ class DataPaths:
 
     def make_directories(self) -> None:
         """Make those that do not exist.  Raises OSError."""
-        for path in (os.path.join(self.data_dir, "x"), self.log_file, self.logging_file):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+        for path in (self.data_dir, os.path.dirname(self.log_file), os.path.dirname(self.logging_file)):
+            os.makedirs(path, exist_ok=True)
 
     def set_earlier_aside(self, keeps_trajectory: bool, logger) -> None:
         """Give the files of an earlier session a dated name.  Raises StorageError."""
@@ -1087,6 +1128,20 @@ class DataPaths:
                 raise StorageError("cannot set %s aside: %s" % (path, error.strerror)) from error
             if target:
                 logger.info("the earlier session's %s is now %s", path, target)
+
+
+@contextlib.contextmanager
+def held(lock: threading.Lock, path: str):
+    """Hold a lock that guards writing to `path`, within the time that a file's own lock is waited for.
+
+    Raises StorageError: without this bound those who wait would wait for each other's waits.
+    """
+    if not lock.acquire(timeout=LOCK_SECONDS):
+        raise StorageError("%s stays locked by another writer" % path)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class AppendFile:
@@ -1103,14 +1158,21 @@ class AppendFile:
     @contextlib.contextmanager
     def locked(self):
         """Hold the file against every other writer; yields a LockedFile.  Raises StorageError."""
-        with self._lock:
+        with held(self._lock, self.path):
             descriptor = self._open_locked()
             try:
                 file = LockedFile(descriptor, self.path)
-                file.close_torn_line()
+                if file.size and os.pread(descriptor, 1, file.size - 1) != b"\n":
+                    file.append(b"\n")
                 yield file
             finally:
                 os.close(descriptor)
+
+    def close_torn_line(self) -> None:
+        """End a half-written last line, so that a reader sees what the next writer would.  Raises StorageError."""
+        if os.path.exists(self.path):
+            with self.locked():
+                pass
 
     def append(self, line: bytes) -> int:
         """Add one line, newline included; return the offset it starts at.  Raises StorageError."""
@@ -1128,7 +1190,7 @@ class AppendFile:
                 return descriptor
             os.close(descriptor)
             if time.monotonic() > deadline:
-                raise StorageError("%s stayed locked by another process for %d s" % (self.path, LOCK_SECONDS))
+                raise StorageError("%s stays locked by another process" % self.path)
             time.sleep(0.001)
 
     def _try_lock(self, descriptor):
@@ -1182,7 +1244,7 @@ class LogTail:
     """Follows a marker log: each `read` yields the records that were completed since the last one.
 
     offset: where in the file to begin, at the start of a line.  A file that was replaced or cut short is read anew from
-    its start, and `replacements` counts that.
+    its start, and `was_replaced` says so; taking back the line that is being written is no cut.
     """
 
     def __init__(self, path: str, offset: int = 0):
@@ -1190,7 +1252,7 @@ class LogTail:
         self._offset = offset  # the first byte not yet read
         self._partial = bytearray()  # the last line so far, without its newline
         self._inode = None
-        self.replacements = 0
+        self.was_replaced = False
 
     def read(self):
         """Yield new Records, oldest first.  A log that does not exist (yet) has none.  Raises OSError."""
@@ -1198,9 +1260,12 @@ class LogTail:
             info = os.stat(self._path)
         except FileNotFoundError:
             return
-        if self._inode not in (None, info.st_ino) or info.st_size < self._offset:
-            self._offset, self.replacements = 0, self.replacements + 1
-            self._partial.clear()
+        line_start = self._offset - len(self._partial)
+        if self._inode not in (None, info.st_ino) or info.st_size < line_start:
+            self._restart(0)
+            self.was_replaced = True
+        elif info.st_size < self._offset:
+            self._restart(line_start)
         self._inode = info.st_ino
         if info.st_size == self._offset:
             return
@@ -1208,6 +1273,10 @@ class LogTail:
             file.seek(self._offset)
             for block in iter(lambda: file.read(READ_BLOCK_BYTES), b""):
                 yield from self._records(block)
+
+    def _restart(self, offset):
+        self._offset = offset
+        self._partial.clear()
 
     def _records(self, block):
         start = self._offset - len(self._partial)
@@ -1224,10 +1293,10 @@ class LogTail:
 
 @dataclass
 class Place:
-    """What a log says around turn `index`: has_request (turn 0 always has), its response, the next turn's request and
-    whether that is answered, whether the session is over, and `end`: the offset behind the last whole line."""
+    """What a log says around turn `index`: its request and response, the next turn's request and whether that is
+    answered, whether the session is over, and `end`: the offset behind the last whole line."""
 
-    has_request: bool = False
+    request: Record | None = None
     response: Record | None = None
     next_request: Record | None = None
     next_is_answered: bool = False
@@ -1242,7 +1311,7 @@ def find_place(descriptor: int, size: int, index: int) -> Place:
     `index`: it costs what was written since, and the memory of the longest line.
     """
     lines = _lines_backwards(descriptor, size)
-    place = Place(has_request=index == 0, end=size - len(next(lines)))
+    place = Place(end=size - len(next(lines)))
     for line in lines:
         record = parse_record(line)
         if record is None:
@@ -1258,7 +1327,7 @@ def find_place(descriptor: int, size: int, index: int) -> Place:
             if index == 0:
                 break
         elif record.index <= index:
-            place.has_request = record.index == index
+            place.request = record if record.index == index else None
             break
     return place
 
@@ -1293,20 +1362,26 @@ class MarkerLog:
         """Add SESSION_END.  Raises StorageError."""
         self._file.append(SESSION_END_LINE)
 
+    def close_torn_line(self) -> None:
+        """End a half-written last line, before it is read.  Raises StorageError."""
+        self._file.close_torn_line()
+
     def append_response(self, index: int, text: str) -> Place:
         """Answer request `index`, unless it has that very answer or the session is over; return the place after.
 
-        Raises UsageError where the log has no such request, RockError where it has another answer, StorageError.
+        Raises UsageError where the log has no such request, or the answer cannot be a stream and has to be one;
+        RockError where there is another answer; StorageError.
         """
         if not os.path.exists(self.path):
             raise UsageError("there is no request %d to answer: %s does not exist" % (index, self.path))
         with self._file.locked() as file:
             place = find_place(file.descriptor, file.size, index)
-            if not place.has_request:
+            if place.request is None:
                 raise UsageError("there is no request %d to answer in %s" % (index, self.path))
             if place.response is None and not place.has_ended:
+                check_streamable(place.request, text)
                 file.append(self._encode("response", text, index))
-                place.end = file.size
+                place.response, place.end = Record("response", index, text.encode("utf-8")), file.size
             elif place.response is not None and not _is_same_json(place.response.text, text):
                 raise RockError("request %d already has another answer; it stays as it is" % index)
             return place
@@ -1338,11 +1413,27 @@ class MarkerLog:
         return encode_record(kind, text, index, int(self._clock() * 1000))
 
 
+def check_streamable(request: Record, text: str) -> None:
+    """Refuse, with UsageError, an answer that cannot be made the stream that its request asks for."""
+    if b'"stream"' not in request.body or not _is_json(request.body):
+        return
+    body, answer = parse_json(request.text), parse_json(text)
+    if isinstance(body, dict) and body.get("stream") and error_status(answer) is None:
+        try:
+            completion_chunks(answer, body, request.index, 0)
+        except ValueError as error:
+            raise UsageError("request %d asks for a stream: %s" % (request.index, error)) from None
+
+
 def _is_same_json(one, other):
     try:
-        return one == other or parse_json(one) == parse_json(other)
+        return one == other or _canonical(one) == _canonical(other)
     except ValueError:
         return False
+
+
+def _canonical(text):
+    return json.dumps(parse_json(text), sort_keys=True)
 
 
 def poll_delay(waited: float, interval: float) -> float:
@@ -1365,8 +1456,8 @@ def poll_delay(waited: float, interval: float) -> float:
 class RequestWaiter:
     """Waits for a request to appear in a marker log.
 
-    interval: the longest time between two looks, in seconds.  is_service_alive: () -> True, False (it was there and is
-    gone), or None (never seen, or unknown).  clock, sleep: as in `time`, for tests.
+    interval: the longest time between two looks, in seconds.  is_service_alive: () -> True, False (it was killed), or
+    None (there is none, and as far as known there was none).  clock, sleep: as in `time`, for tests.
     """
 
     def __init__(self, log: MarkerLog, interval: float, is_service_alive, clock=time.monotonic, sleep=time.sleep):
@@ -1386,7 +1477,8 @@ class RequestWaiter:
         if place.next_request is not None:
             return place.next_request.text
         tail = self._log.tail(place.end)
-        began = seen_alive = looked = self._clock()
+        began = present = looked = self._clock()
+        was_seen = None
         while True:
             found = self._look(tail, index)
             if found is not None:
@@ -1394,10 +1486,12 @@ class RequestWaiter:
             now = self._clock()
             if timeout is not None and now - began >= timeout:
                 raise NotYet("request %d has not come within %g s; repeat the call to wait on" % (index, timeout))
-            if now - looked >= LIVENESS_SECONDS:
-                looked = now
-                seen_alive = seen_alive if self._is_service_alive() is False else now
-                if now - seen_alive > GONE_SECONDS:
+            if now >= looked:
+                looked = now + LIVENESS_SECONDS
+                is_alive = self._is_service_alive()
+                was_seen = was_seen or is_alive is not None
+                present = now if is_alive or not was_seen else present
+                if now - present > GONE_SECONDS:
                     raise RockError("the model service is gone; run start --resume, then repeat this call")
             left = self._interval if timeout is None else max(0.0, began + timeout - now)
             self._sleep(min(left, poll_delay(now - began, self._interval)))
@@ -1409,7 +1503,7 @@ class RequestWaiter:
                 return SESSION_END_MARKER
             if record.kind == "request" and record.index == index:
                 request = record
-        if tail.replacements and index > 1:
+        if tail.was_replaced and index > 1:
             raise RockError("%s was replaced: a new session has begun, at --index 0" % self._log.path)
         return request.text if request else None
 
@@ -1423,14 +1517,14 @@ class RequestWaiter:
 class CallRecord:
     """One call, as it is written down.
 
-    request, response: JSON texts, response None where the call got no answer.  status: of HTTP, 499 where the client
-    hung up.  error: what went wrong, or None.  start_time: seconds since the epoch.  response_time: seconds.  index:
-    the turn.
+    request, response: JSON texts, response None where the call got no answer.  model: as asked for, where that is a
+    text.  status: of HTTP, 499 where the client hung up.  error: what went wrong, or None.  start_time: seconds since
+    the epoch.  response_time: seconds.  index: the turn.
     """
 
     request: str
     response: str | None
-    model: object
+    model: str | None
     stream: bool
     status: int
     error: str | None
@@ -1454,17 +1548,21 @@ class CallRecord:
         return (texts + dump_json(rest)[1:] + "\n").encode("utf-8")
 
 
-_TRAJ_LINE_END = re.compile(rb'"error":null,[^{}]*"status":([0-9]+),"index":([0-9]+)\}\n\Z')
+_TRAJ_LINE_END = re.compile(rb'"error":null,[^{}]*"end_time":([0-9.]+),[^{}]*"status":([0-9]+),"index":([0-9]+)\}\n\Z')
 
 
 def recorded_turns(path: str) -> dict:
-    """The turns whose answer stands in a trajectory file, and that answer's HTTP status."""
+    """The turns whose answer stands in a trajectory file, each with that answer's HTTP status and its end_time.
+
+    In append mode the file also has other sessions' turns of the same index; the end_time tells them apart.
+    """
     turns = {}
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         for line in file:
             match = _TRAJ_LINE_END.search(line[-512:])
             if match:
-                turns[int(match.group(2))] = int(match.group(1))
+                end_time, status, index = match.groups()
+                turns[int(index)] = int(status), float(end_time)
     return turns
 
 
@@ -1498,11 +1596,24 @@ def _answers_signal(pid):
     return True
 
 
+def stopped_state(state: dict) -> dict:
+    """What remains of a service's state when it stops: what --resume and anti-call-llm go on with."""
+    return {key: state[key] for key in ("log_file", "watched") if key in state}
+
+
+def watched_by(state: dict) -> dict:
+    """The processes that a service's state says it watched, as pid -> identity."""
+    watched = state.get("watched")
+    pairs = watched.items() if isinstance(watched, dict) else ()
+    return {int(pid): identity for pid, identity in pairs if re.match(r"[0-9]{1,9}\Z", pid)}
+
+
 class ServiceState:
     """Which service, if any, runs on a data directory.
 
     A lock file is held as long as the service lives, so that a killed one frees it and no process number is trusted;
-    a state file beside it says the rest: pid, identity, host, port, type, log_file, version.
+    a state file beside it says the rest: pid, identity, host, port, type, log_file, watched (pids and identities).
+    What a stopped one leaves has no pid.  What a killed one leaves has, and is how one knows.
     """
 
     def __init__(self, data_dir: str):
@@ -1540,14 +1651,12 @@ class ServiceState:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def write(self, **state: object) -> None:
-        """Publish the state.  Only the holder does."""
-        write_whole(self._state_path, dump_json(state).encode("utf-8"))
-
-    def clear(self) -> None:
-        """Remove the state file."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._state_path)
+    def write(self, state: dict) -> None:
+        """Publish the state.  Only the holder does.  Raises StorageError."""
+        try:
+            write_whole(self._state_path, dump_json(state).encode("utf-8"))
+        except OSError as error:
+            raise StorageError("cannot write %s: %s" % (self._state_path, error.strerror)) from error
 
     def read(self) -> dict:
         """The state last written; empty where there is none, or it cannot be read."""
@@ -1575,10 +1684,10 @@ class ServiceState:
         return False
 
     def liveness(self) -> bool | None:
-        """True where a service runs, False where one ended without stopping, None where none is known of."""
+        """True where a service runs, False where one was killed, None where neither."""
         if self.is_running():
             return True
-        return False if self.read() else None
+        return False if "pid" in self.read() else None
 
     def running_message(self) -> str:
         """Why a second one cannot start."""
@@ -1586,13 +1695,20 @@ class ServiceState:
         where = "%s:%s" % (state.get("host", "?"), state.get("port", "?"))
         return "a model service already runs (pid %s, %s); stop it first" % (state.get("pid", "?"), where)
 
-    def verified_pid(self) -> int | None:
-        """The running service's process number, None where it is not the process that wrote the state."""
-        state = self.read()
-        pid, identity = state.get("pid"), state.get("identity")
-        if type(pid) is not int or pid <= 1 or process_identity(pid) != identity:
-            return None
-        return pid
+    def verified_pid(self, seconds: float) -> int | None:
+        """The running service's process number, None where it is not the process that wrote the state.
+
+        seconds: how long a service that is just starting has to write it.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            state = self.read()
+            pid, identity = state.get("pid"), state.get("identity")
+            if type(pid) is int and pid > 0 and process_identity(pid) == identity:
+                return pid
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.005)
 
 
 # ======================================================================================================================
@@ -1634,13 +1750,15 @@ class Request:
     """What a route's handler is given.
 
     name: what stood for `{name}` in the route's path.  watch_hangup: call it with a function, once, and that function
-    is called from another thread when the client hangs up before the reply is done.
+    is called from another thread when the client hangs up before the reply is done.  is_client_gone: () -> whether it
+    has.
     """
 
     head: RequestHead
     body: bytes
     name: str
     watch_hangup: object
+    is_client_gone: object
 
     def json(self) -> tuple[str, dict]:
         """The body as one line of JSON text, and its value.  Raises ApiError 400 or 415."""
@@ -1789,6 +1907,10 @@ def _peek(sock):
         return None
     except (OSError, ValueError):
         return True
+
+
+def _is_closed(sock):
+    return _peek(sock) is True
 
 
 class Connection:
@@ -1967,6 +2089,9 @@ class Exchange:
             return self._dispatch()
         except ApiError as error:
             return error_reply(error)
+        except StorageError as error:
+            self._service.logger.error("%s met: %s", self._name(), error)
+            return error_reply(storage_failure())
         except ClientGone:
             raise
         except Exception:
@@ -1983,10 +2108,9 @@ class Exchange:
             raise ApiError(411, "a %s needs a Content-Length, or a chunked body" % head.method)
         body = self._connection.read_body(head)
         self._has_unread = False
-        return self._route.handler(Request(head, body, name, self._watch_hangup))
-
-    def _watch_hangup(self, callback):
-        self._service.hangups.watch(self._connection.sock, callback)
+        sock = self._connection.sock
+        watch_hangup = functools.partial(service.hangups.watch, sock)
+        return self._route.handler(Request(head, body, name, watch_hangup, functools.partial(_is_closed, sock)))
 
     def _send(self, reply):
         keep_alive = bool(self._head and self._head.keep_alive) and not self._has_unread
@@ -2117,7 +2241,7 @@ class HTTPService:
         from hmac import compare_digest
 
         scheme, _, token = (head.header("authorization") or "").partition(" ")
-        is_right = compare_digest(token.strip().encode("latin-1"), self._api_key.encode("utf-8"))
+        is_right = compare_digest(token.strip(" \t").encode("latin-1"), self._api_key.encode("utf-8"))
         if scheme.lower() != "bearer" or not is_right:
             message = "this service asks for its API key: send 'Authorization: Bearer KEY'"
             raise ApiError(401, message, code="invalid_api_key", headers=[("WWW-Authenticate", "Bearer")])
@@ -2199,57 +2323,76 @@ def _listen(service, host, port):
 #   Usually they are one to one.  A call that ends without its answer having been sent whole (a hang-up, a timeout, a
 #   stop) leaves its turn behind, and the agent's retry, told by its identical body, becomes a new call of that turn:
 #
-#       no call, answer not yet delivered       an identical body takes the turn over
+#       nobody waits, not delivered             an identical body takes the turn over
 #       in flight, or delivered as a success    an identical body does so only if it says that it is a retry
 #       delivered as an error                   an identical body is a new turn: the trainer tests the agent's retries
 #
-#   After a crash, --resume rebuilds this from the two files: an answer that stands in the trajectory was (probably)
-#   delivered, any other turn waits to be taken over.  So whichever of agent, service and trainer dies, and at whatever
-#   point, each repeats its last step and no turn is lost or doubled.
+#   --resume rebuilds this from the two files.  A turn whose answer is not in the trajectory was not delivered; one
+#   whose answer is there, was.  With one exception: if the service was killed, and no request came after that answer,
+#   it may have died before the answer's last byte had left; then an identical body is taken for the retry that it most
+#   likely is.  So whoever dies, agent, service or trainer: each repeats its last step, no turn is lost or doubled.
 # ======================================================================================================================
 
 
 class Turn:
-    """A request in the log and what has become of it.  Owned by LocalSession and guarded by its lock."""
+    """A request in the log and what has become of it.  Owned by LocalSession and guarded by its lock.
 
-    __slots__ = ("index", "digest", "answer_offset", "calls", "is_recorded", "delivered_status")
+    answer_offset: of its answer in the log.  calls: those that wait for it.  delivered_status: of the answer that was
+    sent whole.  record_lock: guards is_recorded, and is held while the answer is written to the trajectory.
+    """
+
+    __slots__ = ("index", "digest", "answer_offset", "calls", "delivered_status", "record_lock", "is_recorded")
 
     def __init__(self, index, digest):
         self.index = index
         self.digest = digest
         self.answer_offset = None
         self.calls = []
-        self.is_recorded = False
         self.delivered_status = None
+        self.record_lock = threading.Lock()
+        self.is_recorded = False
+
+    def is_waited_for(self) -> bool:
+        """Whether one of its calls has a client that has not hung up."""
+        return any(not call.is_abandoned() for call in self.calls)
 
 
 class Call:
-    """One HTTP request's wait for the answer of its turn.  `wake` is set whenever there is something new to see."""
+    """One HTTP request's wait for the answer of its turn.
 
-    def __init__(self, turn: Turn, answer: Record | None):
+    response: the answer's record, once it is there.  wake: set whenever there is something new to see.
+    """
+
+    def __init__(self, turn: Turn, response: Record | None, is_client_gone):
         self.turn = turn
-        self.answer = answer
+        self.response = response
         self.has_hung_up = False
         self.wake = threading.Event()
+        self._is_client_gone = is_client_gone
 
     def hang_up(self) -> None:
         """The client is gone."""
         self.has_hung_up = True
         self.wake.set()
 
+    def is_abandoned(self) -> bool:
+        """Whether the client is gone, known already or not."""
+        return self.has_hung_up or self._is_client_gone()
+
 
 class LocalSession:
     """The turns of one session: writes requests, follows the log for answers, wakes those who wait.
 
-    log: a MarkerLog.  recorded: turns and statuses from the trajectory, when a session is resumed (`recorded_turns`).
-    Its lock guards all turns.
+    log: a MarkerLog.  recorded: what the trajectory holds, when a session is resumed (`recorded_turns`).  was_killed:
+    whether the service that wrote it was.  Two locks: `_append_lock` is held while a request or the end is written, and
+    may take as long as another writer holds the log; `_lock` guards the turns and is held for moments only.
     """
 
-    def __init__(self, log: MarkerLog, polling_interval: float, logger, recorded=None, clock=time.monotonic):
+    def __init__(self, log: MarkerLog, polling_interval, logger, recorded=None, was_killed=False):
         self._log = log
         self._interval = polling_interval
         self._logger = logger
-        self._clock = clock
+        self._append_lock = threading.Lock()
         self._lock = threading.Lock()
         self._turns = {}  # index -> Turn, of all that may still be asked for
         self._by_digest = {}  # digest of the request's text -> [Turn], oldest first
@@ -2257,12 +2400,12 @@ class LocalSession:
         self._last_index = 0
         self._answered = 0
         self._waiting = 0
-        self._last_activity = clock()
+        self._last_activity = time.monotonic()
         self._is_closed = False  # no new calls: SESSION_END is written, or read
         self._has_ended = False  # SESSION_END is read: every answer before it has been, too
         self._is_stopping = False
         self._tail = log.tail()
-        self._recorded = recorded or {}
+        self._resumed = _ResumedTurns(recorded or {}, was_killed)
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="rock-log", daemon=True)
 
@@ -2273,7 +2416,8 @@ class LocalSession:
                 self._on_record(record)
         except OSError as error:
             raise StorageError("cannot read %s: %s" % (self._log.path, error.strerror)) from error
-        self._recorded = {}
+        for turn, status in self._resumed.delivered_at_the_end():
+            self._finish(turn, status)
         self._thread.start()
 
     def stop(self) -> None:
@@ -2300,46 +2444,36 @@ class LocalSession:
                 "rock_local_session_ended": int(self._has_ended),
             }
 
-    def open_call(self, text: str, is_retry: bool) -> Call:
+    def open_call(self, text: str, is_retry: bool, is_client_gone=lambda: False) -> Call:
         """Begin a call: a new turn, or one that this request takes over.  Raises ApiError 410, 503, StorageError.
 
         text: the request as one line of JSON.  is_retry: whether the client says that it asked this before.
+        is_client_gone: () -> whether the client has hung up.
         """
         digest = _digest(escape_markers(text).encode("utf-8"))
-        with self._lock:
-            self.check_open(is_new=True)
-            turn = self._find_turn(digest, is_retry)
-            answer = self._read_answer(turn) if turn else None
-            if turn is None or (turn.answer_offset is not None and answer is None):
-                turn = self._new_turn(text, digest)
-            call = Call(turn, answer)
-            turn.calls.append(call)
-            self._waiting += 1
-        self._wake.set()
-        return call
+        with held(self._append_lock, self._log.path):
+            with self._lock:
+                self.check_open(is_new=True)
+                turn = self._find_turn(digest, is_retry)
+                if turn:
+                    return self._add_call(turn, self._read_answer(turn), is_client_gone)
+                index = self._last_index + 1
+            self._log.append("request", text, index)
+            with self._lock:
+                turn = self._turns.get(index) or self._add_turn(index, digest)
+                return self._add_call(turn, None, is_client_gone)
 
     def close_call(self, call: Call, delivered_status: int | None) -> None:
         """End a call.  delivered_status: of the answer that was sent whole, None where none was."""
         with self._lock:
             call.turn.calls.remove(call)
             self._waiting -= 1
-            if delivered_status is not None:
+            if delivered_status is not None and call.turn.index in self._turns:
                 self._finish(call.turn, delivered_status)
 
-    def claim_record(self, turn: Turn) -> bool:
-        """Whether the caller is the one to write the turn's answer to the trajectory: the first that asks."""
-        with self._lock:
-            is_first, turn.is_recorded = not turn.is_recorded, True
-            return is_first
-
-    def unclaim_record(self, turn: Turn) -> None:
-        """Writing failed: the next call may try."""
-        with self._lock:
-            turn.is_recorded = False
-
     def end(self) -> None:
-        """Write SESSION_END, once, and end every waiting call with 410.  Raises StorageError."""
-        with self._lock:
+        """Write SESSION_END, once; it is acted on when it is read back.  Raises StorageError."""
+        with held(self._append_lock, self._log.path):
             if not self._is_closed:
                 self._log.append_session_end()
                 self._is_closed = True
@@ -2356,22 +2490,26 @@ class LocalSession:
     def _find_turn(self, digest, is_retry):
         retried = None
         for turn in self._by_digest.get(digest, ()):
-            if not turn.calls and turn.delivered_status is None:
+            is_waited_for = turn.is_waited_for()
+            if turn.delivered_status is None and not is_waited_for:
                 return turn
-            if is_retry and (turn.calls or turn.delivered_status < 400):
+            if is_retry and (is_waited_for or turn.delivered_status < 400):
                 retried = retried if retried and retried.calls else turn
         return retried
 
-    def _new_turn(self, text, digest):
-        self._log.append("request", text, self._last_index + 1)
-        return self._add_turn(self._last_index + 1, digest)
+    def _add_call(self, turn, response, is_client_gone):
+        call = Call(turn, response, is_client_gone)
+        turn.calls.append(call)
+        self._waiting += 1
+        self._wake.set()
+        return call
 
     def _add_turn(self, index, digest):
         turn = Turn(index, digest)
         self._last_index = index
         self._turns[index] = turn
         self._by_digest.setdefault(digest, []).append(turn)
-        self._last_activity = self._clock()
+        self._last_activity = time.monotonic()
         return turn
 
     def _finish(self, turn, status):
@@ -2389,10 +2527,13 @@ class LocalSession:
             del self._by_digest[turn.digest]
 
     def _read_answer(self, turn):
+        """The answer's record, None where there is none yet.  Raises StorageError where the log has lost it."""
         if turn.answer_offset is None:
             return None
         record = self._log.record_at(turn.answer_offset)
-        return record if record and (record.kind, record.index) == ("response", turn.index) else None
+        if not record or (record.kind, record.index) != ("response", turn.index):
+            raise StorageError("the answer to request %d is no longer in %s" % (turn.index, self._log.path))
+        return record
 
     def _wake_all(self):
         for turn in self._turns.values():
@@ -2414,7 +2555,7 @@ class LocalSession:
     def _delay(self):
         if not self._waiting:
             return IDLE_POLL_SECONDS
-        return poll_delay(self._clock() - self._last_activity, self._interval)
+        return poll_delay(time.monotonic() - self._last_activity, self._interval)
 
     def _on_record(self, record):
         if record.kind == "end":
@@ -2424,6 +2565,8 @@ class LocalSession:
             self._on_response(record)
         elif record.index > self._last_index:
             self._add_turn(record.index, _digest(record.text.encode("utf-8")))
+            for turn, status in self._resumed.delivered_before_a_request():
+                self._finish(turn, status)
 
     def _on_response(self, record):
         turn = self._turns.get(record.index)
@@ -2431,14 +2574,39 @@ class LocalSession:
             self._logger.warning("ignored an answer to request %d, which waits for none", record.index)
             return
         self._answered += 1
-        self._last_activity = self._clock()
+        self._last_activity = time.monotonic()
         turn.answer_offset = record.offset
         for call in turn.calls:
-            call.answer = record
+            call.response = record
             call.wake.set()
-        if turn.index in self._recorded:
+        self._resumed.answered(turn, record)
+
+
+class _ResumedTurns:
+    """Tells, while an earlier service's log is read, which of its answers were delivered.
+
+    An answer's record in the trajectory was written after the answer, or it belongs to another session's turn.
+    """
+
+    def __init__(self, recorded, was_killed):
+        self._recorded = recorded
+        self._was_killed = was_killed
+        self._unconfirmed = []
+
+    def answered(self, turn, record):
+        status, end_time = self._recorded.get(turn.index, (None, 0.0))
+        if status is not None and end_time * 1000 >= record.timestamp:
             turn.is_recorded = True
-            self._finish(turn, self._recorded[turn.index])
+            self._unconfirmed.append((turn, status))
+
+    def delivered_before_a_request(self):
+        confirmed, self._unconfirmed = self._unconfirmed, []
+        return confirmed
+
+    def delivered_at_the_end(self):
+        confirmed = [] if self._was_killed else self._unconfirmed
+        self._recorded, self._unconfirmed = {}, []
+        return confirmed
 
 
 def _digest(text):
@@ -2448,11 +2616,15 @@ def _digest(text):
 
 
 class AgentWatch:
-    """Ends the session when the last of the watched processes has gone.  One thread, begun with the first process."""
+    """Ends the session when the last of the watched processes has gone.  One thread, begun with the first process.
 
-    def __init__(self, session: LocalSession, logger):
+    on_change: called with what is watched, pid -> identity, whenever that changes; what it raises reaches `watch`.
+    """
+
+    def __init__(self, session: LocalSession, logger, on_change=lambda watched: None):
         self._session = session
         self._logger = logger
+        self._on_change = on_change
         self._lock = threading.Lock()
         self._watched = {}  # pid -> identity
         self._stop = threading.Event()
@@ -2461,12 +2633,17 @@ class AgentWatch:
     def watch(self, pid: int) -> bool:
         """Watch a process; whether it is alive.  One that is gone already counts as having been watched."""
         identity = process_identity(pid)
+        self.resume({pid: identity})
+        return identity is not None
+
+    def resume(self, watched: dict) -> None:
+        """Watch processes whose identity is known, as pid -> identity."""
         with self._lock:
-            self._watched[pid] = identity
-            if self._thread is None:
+            self._watched.update(watched)
+            self._on_change(dict(self._watched))
+            if self._thread is None and self._watched:
                 self._thread = threading.Thread(target=self._run, name="rock-watch", daemon=True)
                 self._thread.start()
-        return identity is not None
 
     def stop(self) -> None:
         """End the thread."""
@@ -2490,6 +2667,7 @@ class AgentWatch:
                 return False
             try:
                 self._session.end()
+                self._on_change({})
             except StorageError:
                 self._logger.exception("cannot write SESSION_END; trying again")
                 return False
@@ -2499,27 +2677,35 @@ class AgentWatch:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a call ends with.  body: JSON text in UTF-8.  value: the same, parsed.  is_given: the trainer wrote it."""
+    """What a call ends with.  body: JSON text in UTF-8.  value: the same, parsed.  is_given: it is the trainer's.
+    error: why it is not what the trainer wrote, if it is not."""
 
     status: int
     body: bytes
     value: dict
     is_given: bool
     headers: tuple = ()
+    error: str | None = None
 
 
 def given_answer(record: Record) -> Answer:
-    """The trainer's answer.  One that is no JSON object, as only another writer can leave it, becomes a 502."""
+    """The trainer's answer.  One that is no JSON object, as only another writer can leave it, is a 502 that says so."""
     try:
         text, value = json_object(record.body.decode("utf-8"), "the trainer's answer")
     except ValueError as error:
-        return failed_answer(ApiError(502, str(error), code="bad_answer"))
+        return bad_answer(error)
     return Answer(error_status(value) or 200, text.encode("utf-8"), value, True)
+
+
+def bad_answer(error: ValueError) -> Answer:
+    """What the agent gets for an answer of the trainer's that cannot be given.  It counts as given, and as an error."""
+    return replace(failed_answer(ApiError(502, str(error), code="bad_answer")), is_given=True)
 
 
 def failed_answer(error: ApiError) -> Answer:
     """An answer of our own, for a call that gets none."""
-    return Answer(error.status, error.body(), parse_json(error.body().decode("utf-8")), False, error.headers)
+    body = error.body()
+    return Answer(error.status, body, parse_json(body.decode("utf-8")), False, error.headers, str(error))
 
 
 class LocalCall:
@@ -2533,24 +2719,26 @@ class LocalCall:
         self._start_time, self._began = service.clock(), time.monotonic()
         retry_count = request.head.header("x-stainless-retry-count", "0")
         is_retry = bool(re.match(r"0*[1-9][0-9]*\Z", retry_count))
-        self._call = service.session.open_call(self._text, is_retry)
+        self._call = service.session.open_call(self._text, is_retry, request.is_client_gone)
         self._answer = None  # what the client gets, once that is written down
         self._is_closed = False
 
     @property
-    def model(self) -> object:
-        """The model asked for."""
-        return self._body.get("model")
+    def model(self) -> str | None:
+        """The model asked for, where that is a text."""
+        model = self._body.get("model")
+        return model if isinstance(model, str) else None
 
     def reply(self) -> Reply:
         """Wait for the answer as long as the client can bear silence, then go on waiting in a reply that streams."""
         try:
             self._request.watch_hangup(self._call.hang_up)
-            if not self._wait():
-                return self._patient_reply()
+            return self._prompt_reply() if self._wait() else self._patient_reply()
         except BaseException:
             self._close(False)
             raise
+
+    def _prompt_reply(self):
         answer = self._answer
         if self._is_stream and answer.status < 400:
             return Reply(200, self._stream_body(), SSE_TYPE, SSE_HEADERS, done=self._close, note=self._note())
@@ -2590,7 +2778,7 @@ class LocalCall:
             if not answer and now >= deadline:
                 answer = failed_answer(ApiError(504, "no answer came within %g s" % limit, code="timeout"))
             if answer:
-                self._answer = self._recorded(answer)
+                self._answer = self._written_down(answer)
             elif now >= silent_until:
                 return False
             else:
@@ -2602,8 +2790,8 @@ class LocalCall:
         """What the call has come to by now, or None."""
         if self._call.has_hung_up:
             raise ClientGone
-        if self._call.answer:
-            return self._streamable(given_answer(self._call.answer))
+        if self._call.response:
+            return self._streamable(given_answer(self._call.response))
         try:
             self._service.session.check_open()
         except ApiError as error:
@@ -2616,50 +2804,63 @@ class LocalCall:
             try:
                 completion_chunks(answer.value, self._body, 0, 0)
             except ValueError as error:
-                return failed_answer(ApiError(502, "the trainer's answer: %s" % error, code="bad_answer"))
+                return bad_answer(error)
         return answer
 
-    def _recorded(self, answer):
-        """Write the call down, before its end can be seen; the answer, or an error where that failed."""
-        session, turn = self._service.session, self._call.turn
+    def _written_down(self, answer):
+        """Add the call to the trajectory, before its end can be seen; the answer, or an error where that failed.
+
+        A turn's answer is written once, by the first call that has it; the others wait until it is.
+        """
         if not answer.is_given:
-            self._record(answer.status, None, answer.value["error"]["message"])
-        elif session.claim_record(turn):
-            try:
-                self._record(answer.status, answer.body.decode("utf-8"), None)
-            except StorageError as error:
-                session.unclaim_record(turn)
-                return failed_answer(ApiError(500, str(error), code="storage_error"))
+            self._record_unanswered(answer.status, answer.error)
+            return answer
+        turn = self._call.turn
+        try:
+            with held(turn.record_lock, self._service.trajectory.path):
+                if not turn.is_recorded:
+                    self._record(answer.status, self._given_text(answer), answer.error)
+                    turn.is_recorded = True
+        except StorageError as error:
+            self._service.logger.error("an answer is not given, since it cannot be recorded: %s", error)
+            return failed_answer(storage_failure())
         return answer
+
+    def _given_text(self, answer):
+        """What the trainer wrote, as JSON; as a JSON string where it is none."""
+        if answer.error is None:
+            return answer.body.decode("utf-8")
+        text = self._call.response.body.decode("utf-8", "replace")
+        return compact_json(text) if _is_json(self._call.response.body) else dump_json(text)
+
+    def _record_unanswered(self, status, error):
+        try:
+            self._record(status, None, error)
+        except StorageError as failure:
+            self._service.logger.error("a call without an answer is not in the trajectory: %s", failure)
 
     def _record(self, status, response, error):
-        """Add a line to the trajectory.  Raises StorageError, and only where the line held an answer."""
         seconds, index = time.monotonic() - self._began, self._call.turn.index
         start, stream = self._start_time, self._is_stream
         record = CallRecord(self._text, response, self.model, stream, status, error, start, seconds, index)
-        try:
-            self._service.trajectory.append(record.line())
-        except StorageError as failure:
-            if response is not None:
-                raise
-            self._service.logger.error("a call without an answer is not in the trajectory: %s", failure)
+        self._service.trajectory.append(record.line())
 
     def _close(self, is_sent):
         """The reply is done, or will never be."""
         if self._is_closed:
             return
         self._is_closed = True
-        if not self._answer:
-            self._record(499, None, "the client hung up")
-        is_delivered = is_sent and self._answer and self._answer.is_given
-        self._service.session.close_call(self._call, self._answer.status if is_delivered else None)
+        answer = self._answer
+        self._service.session.close_call(self._call, answer.status if answer and answer.is_given and is_sent else None)
+        if not answer:
+            self._record_unanswered(499, "the client hung up")
 
 
 class LocalService:
     """The endpoints of the local type.
 
-    session: a LocalSession.  watch: an AgentWatch.  trajectory: an AppendFile.  settings: ServiceSettings.
-    clock: seconds since the epoch.
+    session: a LocalSession.  watch: an AgentWatch.  trajectory: an AppendFile.  settings: ServiceSettings.  logger: as
+    from `logging`.  clock: seconds since the epoch.
     """
 
     def __init__(self, session, watch, trajectory, settings, logger, clock=time.time):
@@ -2682,11 +2883,8 @@ class LocalService:
 
     def chat_completions(self, request: Request) -> Reply:
         """Hand the call to the trainer, and its answer back."""
-        try:
-            call = LocalCall(self, request)
-        except StorageError as error:
-            raise ApiError(500, str(error), code="storage_error") from error
-        if isinstance(call.model, str) and len(self._models) < MAX_MODEL_NAMES:
+        call = LocalCall(self, request)
+        if call.model and len(self._models) < MAX_MODEL_NAMES:
             self._models[call.model] = None
         return call.reply()
 
@@ -2718,31 +2916,34 @@ class LocalService:
 class LocalServer:
     """A local service with all that it is made of, started and stopped in the right order.
 
-    It listens at once and answers from `start` on.  Unless is_resumed, the files of an earlier session are set aside.
+    It listens at once and answers from `start` on.  is_resumed: go on with the files of the earlier session, which are
+    set aside otherwise.  earlier: the state that its service left (see ServiceState).  on_watch: told what is watched.
     Raises RockError where it cannot listen, StorageError where a file cannot be used.
     """
 
-    def __init__(self, settings: ServiceSettings, paths: DataPaths, logger, is_resumed: bool = False):
+    def __init__(
+        self, settings, paths: DataPaths, logger, is_resumed=False, earlier=None, on_watch=lambda watched: None
+    ):
+        log, trajectory = MarkerLog(paths.log_file), AppendFile(paths.traj_file)
+        if is_resumed:
+            log.close_torn_line()
+            trajectory.close_torn_line()
         recorded = recorded_turns(paths.traj_file) if is_resumed else {}
-        self.session = LocalSession(MarkerLog(paths.log_file), settings.polling_interval_seconds, logger, recorded)
-        self._watch = AgentWatch(self.session, logger)
-        service = LocalService(self.session, self._watch, AppendFile(paths.traj_file), settings, logger)
-        self.http = HTTPService(
-            settings.host,
-            settings.port,
-            service.routes(),
-            logger,
-            settings.type,
-            self.session.gauges,
-            settings.api_key,
-            settings.max_body_bytes,
-        )
+        was_killed = "pid" in (earlier or {})
+        self.session = LocalSession(log, settings.polling_interval_seconds, logger, recorded, was_killed)
+        self._watch = AgentWatch(self.session, logger, on_watch)
+        service = LocalService(self.session, self._watch, trajectory, settings, logger)
+        host, port, key = settings.host, settings.port, settings.api_key
+        gauges, limit = self.session.gauges, settings.max_body_bytes
+        self.http = HTTPService(host, port, service.routes(), logger, settings.type, gauges, key, limit)
         try:
             if not is_resumed:
                 paths.set_earlier_aside(settings.traj_append_mode, logger)
             self.session.start()
+            if is_resumed and not self.session.has_ended:
+                self._watch.resume(watched_by(earlier or {}))
         except BaseException:
-            self.http.stop()
+            self.stop()
             raise
 
     def start(self) -> None:
@@ -2762,7 +2963,17 @@ class LocalServer:
 
 START_SECONDS = 30.0  # for the service to answer after `start`
 REQUEST_SECONDS = 10.0  # for a command's own request to the service
-READY = b"ready\n"
+
+
+def open_standard_streams() -> None:
+    """Give the standard streams that were closed to us (`>&-`) to /dev/null, or files of ours take their place."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
 
 
 def say(text: str) -> None:
@@ -2793,12 +3004,12 @@ def call_service(host: str, port: int, method: str, path: str, value: object = N
         connection.request(method, path, body, headers)
         response = connection.getresponse()
         answer = parse_json(response.read().decode("utf-8"))
-    except (OSError, HTTPException, ValueError) as error:
+        if response.status >= 400:
+            raise RockError("the model service refused: %s" % answer["error"]["message"])
+    except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
         raise RockError("no model service answers on %s:%s: %s" % (connect_host(host), port, error)) from None
     finally:
         connection.close()
-    if response.status >= 400:
-        raise RockError("the model service refused: %s" % answer["error"]["message"])
     return answer
 
 
@@ -2818,7 +3029,7 @@ def command_start(args: argparse.Namespace) -> int:
 
 
 def run_service(settings: ServiceSettings, paths: DataPaths, is_resumed: bool, ready_fd: int | None) -> int:
-    """Be the service until a signal ends it.  What keeps it from starting goes to `ready_fd`, where there is one."""
+    """Be the service until a signal ends it.  To `ready_fd`, where there is one, goes its state, or what went wrong."""
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     signals = {number for number in signals if signal.getsignal(number) is not signal.SIG_IGN}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # in every thread, or one would die of it before sigwait
@@ -2826,43 +3037,55 @@ def run_service(settings: ServiceSettings, paths: DataPaths, is_resumed: bool, r
     state = ServiceState(paths.data_dir)
     try:
         state.acquire()
-        logger = open_logger(paths.logging_file, is_loud=ready_fd is None)
-        server = LocalServer(settings, paths, logger, is_resumed)
+        try:
+            _serve_until_signal(settings, paths, is_resumed, ready_fd, state, signals)
+        finally:
+            state.release()
     except (RockError, OSError) as error:
-        state.release()
         if ready_fd is None:
             raise
-        os.write(ready_fd, str(error).encode("utf-8", "replace"))
+        _tell(ready_fd, str(error))
         return EXIT_FAILED
+    return 0
+
+
+def _serve_until_signal(settings, paths, is_resumed, ready_fd, state, signals):
+    earlier = state.read()
+    pid = os.getpid()
+    published = {"pid": pid, "identity": process_identity(pid), "type": settings.type, "log_file": paths.log_file}
+
+    def publish(**changes):
+        published.update(changes)
+        state.write(published)
+
+    def on_watch(watched):
+        publish(watched={str(pid): identity for pid, identity in watched.items()})
+
+    logger = open_logger(paths.logging_file, is_loud=ready_fd is None)
+    publish(watched=earlier.get("watched", {}) if is_resumed else {})
     try:
+        server = LocalServer(settings, paths, logger, is_resumed, earlier, on_watch)
+    except BaseException:
+        state.write(earlier)
+        raise
+    try:
+        publish(host=server.http.host, port=server.http.port)
         server.start()
-        state.write(**_state_of(settings, paths, server))
-        logger.info("started: pid %d, %s:%d, log %s", os.getpid(), server.http.host, server.http.port, paths.log_file)
+        logger.info("started: pid %d, %s:%d, log %s", pid, server.http.host, server.http.port, paths.log_file)
         if ready_fd is not None:
-            with contextlib.suppress(OSError):
-                os.write(ready_fd, READY)
-                os.close(ready_fd)
+            _tell(ready_fd, dump_json({**published, "session_ended": server.session.has_ended}))
         number = signal.sigwait(signals)
         logger.info("stopping: %s", signal.Signals(number).name)
     finally:
         server.stop()
-        state.clear()
+        state.write(stopped_state(published))
         logger.info("stopped")
-        state.release()
-    return 0
 
 
-def _state_of(settings, paths, server):
-    return {
-        "pid": os.getpid(),
-        "identity": process_identity(os.getpid()),
-        "host": server.http.host,
-        "port": server.http.port,
-        "type": settings.type,
-        "log_file": paths.log_file,
-        "version": __version__,
-        "session_ended": server.session.has_ended,
-    }
+def _tell(ready_fd, text):
+    with contextlib.suppress(OSError):  # whoever started us may be gone by now
+        os.write(ready_fd, text.encode("utf-8", "replace"))
+        os.close(ready_fd)
 
 
 def raise_descriptor_limit() -> None:
@@ -2893,11 +3116,11 @@ def start_in_background(paths: DataPaths, flags: dict, args: argparse.Namespace)
         raise RockError(state.running_message())
     process, ready = _spawn_service(paths, flags, args)
     try:
-        said = _read_until_ready(ready)
-        if said != READY:
-            reason = said.decode("utf-8", "replace") or "it ended at once; see %s" % paths.logging_file
+        said = _read_all(ready)
+        if not said.startswith("{"):
+            reason = said or "it ended at once; see %s" % paths.logging_file
             raise RockError("the model service did not start: %s" % reason)
-        running = state.read()
+        running = parse_json(said)
         call_service(running["host"], running["port"], "GET", "/health")
     except BaseException:
         process.kill()
@@ -2913,7 +3136,7 @@ def start_in_background(paths: DataPaths, flags: dict, args: argparse.Namespace)
 
 
 def _spawn_service(paths, flags, args):
-    """The process, and the descriptor on which it says READY, or why not."""
+    """The process, and the descriptor on which it says its state, or why it has none."""
     import subprocess
 
     command = [sys.executable, os.path.abspath(__file__), "start", "--foreground", "--data-dir", paths.data_dir]
@@ -2943,20 +3166,20 @@ def _spawn_service(paths, flags, args):
     return process, ready
 
 
-def _read_until_ready(ready):
+def _read_all(descriptor):
+    """What is written to a pipe until its other end closes, within START_SECONDS."""
     import select
 
     said, deadline = b"", time.monotonic() + START_SECONDS
     poll = select.poll()
-    poll.register(ready, select.POLLIN)
-    while said != READY:
-        if not poll.poll(max(0, deadline - time.monotonic()) * 1000):
-            return b"it did not answer within %d s" % START_SECONDS
-        piece = os.read(ready, 4096)
+    poll.register(descriptor, select.POLLIN)
+    while True:
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            return "it did not answer within %d s" % START_SECONDS
+        piece = os.read(descriptor, 4096)
         if not piece:
-            break
+            return said.decode("utf-8", "replace")
         said += piece
-    return said
 
 
 def command_stop(args: argparse.Namespace) -> int:
@@ -2964,10 +3187,9 @@ def command_stop(args: argparse.Namespace) -> int:
     data_dir = resolve_data_dir(args.data_dir, os.environ)
     state = ServiceState(data_dir)
     if not state.is_running():
-        state.clear()
         say("no model service runs on %s" % data_dir)
         return 0
-    pid = state.verified_pid()
+    pid = state.verified_pid(PROBE_SECONDS)
     if pid is None:
         raise RockError("the service on %s is not a process of this machine; stop it where it runs" % data_dir)
     for number, seconds in ((signal.SIGTERM, 2 * STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
@@ -2977,7 +3199,6 @@ def command_stop(args: argparse.Namespace) -> int:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if identity is None or process_identity(pid) != identity:
-                state.clear()
                 say("model service stopped (pid %d)" % pid)
                 return 0
             time.sleep(0.01)
@@ -2987,11 +3208,12 @@ def command_stop(args: argparse.Namespace) -> int:
 def command_watch_agent(args: argparse.Namespace) -> int:
     """Have the service watch a process."""
     state = ServiceState(resolve_data_dir(args.data_dir, os.environ)).read()
-    defaults = resolve_settings(ServiceSettings, {"host": args.host, "port": args.port}, os.environ, None)
-    host = args.host or state.get("host") or defaults.host
-    port = defaults.port if args.port else state.get("port") or defaults.port
-    answer = call_service(host, port, "POST", "/v1/agent/watch", {"pid": args.pid}, args.api_key or defaults.api_key)
-    if answer["status"] == "gone":
+    flags = {"host": args.host, "port": args.port, "api_key": args.api_key}
+    settings = resolve_settings(ServiceSettings, flags, os.environ, None)
+    host = args.host or state.get("host") or settings.host
+    port = settings.port if args.port else state.get("port") or settings.port
+    answer = call_service(host, port, "POST", "/v1/agent/watch", {"pid": args.pid}, settings.api_key)
+    if answer.get("status") == "gone":
         complain("process %d has gone already" % args.pid)
     say("watching process %d" % args.pid)
     return 0
@@ -2999,18 +3221,19 @@ def command_watch_agent(args: argparse.Namespace) -> int:
 
 def command_anti_call_llm(args: argparse.Namespace) -> int:
     """Answer a request, and print the next one."""
-    data_dir = resolve_data_dir(args.data_dir, os.environ)
-    state = ServiceState(data_dir)
-    path = os.environ.get("LOG_FILE") or state.read().get("log_file") or os.path.join(data_dir, LOG_FILE_NAME)
-    log = MarkerLog(path)
     if args.index < 0:
         raise UsageError("--index counts from 0, got %d" % args.index)
-    text = read_response(args, log)
-    place = log.find(args.index) if text is None else log.append_response(args.index, text)
-    if args.response_file not in (None, "-"):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(args.response_file)
     settings = resolve_settings(ServiceSettings, {}, os.environ, None)
+    data_dir = resolve_data_dir(args.data_dir, os.environ)
+    state = ServiceState(data_dir)
+    log = MarkerLog(settings.log_file or state.read().get("log_file") or os.path.join(data_dir, LOG_FILE_NAME))
+    text = read_response(args, log)
+    if text is None:
+        place = log.find(args.index)
+    else:
+        place = log.append_response(args.index, text)
+        if place.response and args.response_file not in (None, "-"):
+            os.unlink(args.response_file)
     waiter = RequestWaiter(log, settings.polling_interval_seconds, state.liveness)
     say(waiter.wait(args.index + 1, place, args.timeout))
     return 0
@@ -3244,6 +3467,7 @@ def _add_watch(parser):
 
 def main(argv: list | None = None) -> int:
     """Run one command; return its exit code: 0 done, 1 failed, 2 bad usage, 75 not yet."""
+    open_standard_streams()
     words = sys.argv[1:] if argv is None else list(argv)
     prog = os.path.basename(sys.argv[0] or "rock-ms")
     if words[:1] == ["model-service"]:  # as ROCK spells it: rock model-service start
@@ -3254,8 +3478,9 @@ def main(argv: list | None = None) -> int:
     except RockError as error:
         complain(str(error))
         return error.exit_code
-    except BrokenPipeError:  # whoever read our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # as of an output that nobody reads any more, or of a file of another user
+        complain(str(error))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would try to write what is left, and fail
         return EXIT_FAILED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

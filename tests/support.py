@@ -61,13 +61,13 @@ def nothing_left():
 class Service:
     """A LocalServer in this process, on a free port, with its data in `directory`."""
 
-    def __init__(self, directory, is_resumed=False, **settings):
+    def __init__(self, directory, is_resumed=False, earlier=None, **settings):
         self.data_dir = str(directory)
         settings = {"host": "127.0.0.1", "port": 0, "polling_interval_seconds": 0.02, **settings}
         self.settings = rock_ms.ServiceSettings(**settings)
         self.paths = rock_ms.DataPaths.of(self.data_dir, self.settings)
         self.logged = []
-        self.server = rock_ms.LocalServer(self.settings, self.paths, self._logger(), is_resumed)
+        self.server = rock_ms.LocalServer(self.settings, self.paths, self._logger(), is_resumed, earlier)
         self.port = self.server.http.port
         self.log = rock_ms.MarkerLog(self.paths.log_file)
 

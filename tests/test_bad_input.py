@@ -520,7 +520,7 @@ def test_body_larger_than_the_limit_is_refused(tmp_path):
 
 def test_client_that_is_still_sending_reads_why_it_is_refused(tmp_path):
     with running(tmp_path, max_body_bytes=100) as service:
-        check_refused(service.port, sized(b"x" * 20000000), 413, "larger than 100 bytes")
+        check_refused(service.port, sized(b"x" * 12000000), 413, "larger than 100 bytes")
 
 
 KEY = "open-sesame"
@@ -537,6 +537,8 @@ AUTHORISATIONS = {
     "upper case": ("Bearer " + KEY.upper(), 401),
     "begin of the key": ("Bearer " + KEY[:-1], 401),
     "key and more": ("Bearer " + KEY + "x", 401),
+    "no-break space behind": ("Bearer " + KEY + "\xa0", 401),
+    "not ascii": ("Bearer séame", 401),
 }
 
 
@@ -555,14 +557,6 @@ def test_key_is_asked_for(locked, value, status):
     if status == 401:
         assert answer.check_error(401, "Authorization: Bearer")["code"] == "invalid_api_key"
         assert answer.fields["www-authenticate"] == "bearer"
-
-
-def test_key_need_not_be_ascii(tmp_path):
-    key = "voilà"  # in UTF-8 its last byte is what Latin-1 has for a no-break space
-    with running(tmp_path, api_key=key) as service:
-        for value, status in ((key, 200), (key[:-1], 401)):
-            data = get(HOST + b"Authorization: Bearer %s\r\n" % value.encode("utf-8"), b"GET /v1/models HTTP/1.1")
-            assert answers(talk(service.port, data + last()))[0].status == status
 
 
 def test_key_is_asked_for_before_the_body_is_read(locked):

@@ -158,6 +158,33 @@ def test_service_killed_in_mid_turn_and_resumed_neither_loses_nor_doubles_a_turn
     assert statuses == [200, 200]
 
 
+def test_watched_agent_is_watched_again_after_a_kill_and_after_a_stop(cli):
+    start(cli)
+    with agent_process() as agent:
+        cli("watch-agent", "--pid", agent.pid, check=0)
+        kill_service(cli)
+        start(cli, "--resume")
+        cli("stop", check=0)
+        start(cli, "--resume")
+        assert b"SESSION_END" not in logged(cli)
+        agent.kill()
+        agent.wait()
+        assert cli("anti-call-llm", "--index=0", "--timeout=20", check=0).out == "SESSION_END\n"
+
+
+def test_response_file_that_was_not_needed_is_kept_and_the_end_is_heard_again(cli, tmp_path):
+    port = start(cli)["port"]
+    call = Later(lambda: ask(port, chat()))
+    cli("anti-call-llm", "--index=0", check=0)
+    with open(os.path.join(cli.data_dir, "LLMService.log"), "ab") as file:
+        file.write(b"SESSION_END\n")
+    path = tmp_path / "answer.json"
+    path.write_text(ANSWER)
+    for _ in range(2):
+        assert cli("anti-call-llm", "--index=1", "--response-file", path, check=0).out == "SESSION_END\n"
+    assert call.result().status == 410
+
+
 def test_trainer_killed_while_it_waits_comes_back_with_its_last_index(cli):
     port = start(cli)["port"]
     words = [sys.executable, SCRIPT, "anti-call-llm", "--index=0", "--data-dir", cli.data_dir]
@@ -181,7 +208,7 @@ def test_start_answers_when_it_returns_and_stop_ends_it(cli):
     with pytest.raises(OSError):
         ask(running["port"], method="GET", path="/health")
     assert "no model service runs" in cli("stop", check=0).out
-    assert sorted(os.listdir(cli.data_dir)) == ["LLMService.lock", "model_service.log"]
+    assert sorted(os.listdir(cli.data_dir)) == ["LLMService.json", "LLMService.lock", "model_service.log"]
 
 
 def test_second_start_says_so_and_changes_nothing(cli):
@@ -207,7 +234,7 @@ def test_start_on_a_taken_port_says_why_and_leaves_nothing(cli):
         done = cli("start", "--host", "127.0.0.1", "--port", taken.getsockname()[1], check=1)
     assert "cannot listen on 127.0.0.1" in done.err
     assert "Traceback" not in done.err
-    assert state(cli) == {}
+    assert "pid" not in state(cli)
 
 
 def test_stop_does_not_signal_a_process_that_is_not_the_service(cli):
@@ -237,7 +264,7 @@ def test_foreground_service_ends_cleanly_by_a_signal(cli, number):
     process = subprocess.Popen(
         words + ["--data-dir", cli.data_dir], stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=clean_environ()
     )
-    wait_until(lambda: state(cli))
+    wait_until(lambda: "port" in state(cli))
     call = Later(lambda: ask(state(cli)["port"], chat()))
     wait_until(lambda: b"LLM_REQUEST_START" in logged(cli))
     process.send_signal(number)
@@ -246,7 +273,7 @@ def test_foreground_service_ends_cleanly_by_a_signal(cli, number):
     assert (process.returncode, out) == (0, b"")
     assert b"POST /v1/chat/completions 503" in err
     assert b"Traceback" not in err
-    assert state(cli) == {}
+    assert "pid" not in state(cli)
 
 
 def test_key_of_the_service_reaches_no_file_and_no_process_list(cli):
@@ -371,6 +398,26 @@ def test_reader_of_our_output_that_has_gone_is_no_traceback(cli):
     assert b"Traceback" not in done.stderr
     cli("anti-call-llm", "--index=1", "--response", ANSWER, "--timeout=0", check=75)
     assert call.result().status == 200
+
+
+@pytest.mark.parametrize("closing", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_change_no_exit_code(cli, closing):
+    shell = 'exec "$0" "$@" ' + closing
+    start_words = ["start", "--host=127.0.0.1", "--port=0", "--data-dir", cli.data_dir]
+    for words, code in ((start_words, 0), (["anti-call-llm", "--index=0", "--timeout=0", *start_words[-2:]], 75)):
+        command = ["sh", "-c", shell, sys.executable, SCRIPT, *words]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environ(), timeout=30)
+        assert (done.returncode, b"Traceback" in done.stderr) == (code, False), done.stderr
+    assert ask(state(cli)["port"], method="GET", path="/health").status == 200
+
+
+def test_output_that_cannot_be_written_is_an_error_without_a_traceback(cli):
+    start(cli)
+    with agent_process() as agent, open("/dev/full", "wb") as full:
+        words = [sys.executable, SCRIPT, "watch-agent", "--pid", str(agent.pid), "--data-dir", cli.data_dir]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, env=clean_environ(), timeout=30)
+    assert done.returncode == 1
+    assert done.stderr == b"rock-ms: [Errno 28] No space left on device\n"
 
 
 # Names and help -----------------------------------------------------------------------------------------------------

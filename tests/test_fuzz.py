@@ -108,8 +108,8 @@ def place_forwards(data, index):
     requests = {record.index: record for record in records if record and record.kind == "request"}
     responses = {record.index: record for record in records if record and record.kind == "response"}
     has_ended = any(record and record.kind == "end" for record in records)
-    has_request, next_is_answered = index == 0 or index in requests, index + 1 in responses
-    return Place(has_request, responses.get(index), requests.get(index + 1), next_is_answered, has_ended, end)
+    next_request, next_is_answered = requests.get(index + 1), index + 1 in responses
+    return Place(requests.get(index), responses.get(index), next_request, next_is_answered, has_ended, end)
 
 
 # The marker log -----------------------------------------------------------------------------------------------------
@@ -134,7 +134,15 @@ def test_mutated_line_is_a_record_or_none_and_never_an_exception(seed):
 def test_random_bytes_are_no_record(seed):
     rng = random.Random(seed)
     for _ in range(2000):
-        assert parse_record(rng.choice(WORDS) + bytes(rng.choices(range(256), k=rng.randint(1, 100)))) is None
+        assert parse_record(rng.choice(WORDS[:4]) + bytes(rng.choices(range(256), k=rng.randint(1, 100)))) is None
+
+
+@seeds
+def test_whole_record_right_behind_one_torn_at_any_byte_is_read(seed):
+    rng = random.Random(seed)
+    for _ in range(300):
+        torn, line = rng.choice([random_line(rng), b"SESSION_END\n"]), random_line(rng, 7)[:-1]
+        assert parse_record(torn[: rng.randrange(len(torn))] + line) == parse_record(line)
 
 
 @seeds
@@ -166,13 +174,16 @@ def test_log_read_in_pieces_has_the_same_records_as_in_one_go(seed, tmp_path):
             size = rng.choice([1, rng.randint(2, 100), rng.randint(100, 5000), rng.randint(5000, 300000)])
             file.write(data[at : at + size])
             found += tail.read()
-            at += size
+            at = min(at + size, len(data))
+            if rng.random() < 0.1:  # as a writer does that finds no space for the rest
+                at = rng.randint(data.rfind(b"\n", 0, at) + 1, at)
+                file.truncate(at)
     expected = forwards(data)
     assert len(expected) > 80
     assert found == expected == list(LogTail(str(path)).read())
     middle = expected[len(expected) // 2]
     assert list(LogTail(str(path), middle.offset).read()) == expected[len(expected) // 2 :]
-    assert tail.replacements == 0
+    assert not tail.was_replaced
 
 
 def check_places(path, data, sizes, indexes):
@@ -267,12 +278,12 @@ def test_server_answers_whatever_is_sent_and_goes_on(seed, tmp_path):
     rng = random.Random(seed)
     statuses = set()
     with running(tmp_path, request_timeout=0.01, max_body_bytes=50000) as service:
-        for _ in range(120):
+        for _ in range(200):
             data = mutate(rng, rng.choice(REQUESTS), HTTP_TOKENS)
             reply = talk(service.port, data, half_close=True)
             assert reply == b"" or reply.startswith(b"HTTP/1.1 "), data
             statuses.add(reply[9:12])
         assert ask(service.port, None, "GET", "/health").json() == {"status": "healthy"}
         assert not any("Traceback" in line for line in service.logged), service.logged
-    assert statuses >= {b"", b"200", b"400", b"404"}
+    assert statuses >= {b"200", b"400"}
     assert b"500" not in statuses

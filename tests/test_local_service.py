@@ -130,13 +130,31 @@ def test_foreign_answer_that_is_no_json_is_a_502_that_says_so(service):
     assert "not JSON" in got.json()["error"]["message"]
 
 
-def test_answer_that_cannot_be_a_stream_is_a_502_for_a_streaming_agent(service):
+def test_foreign_answer_that_cannot_be_a_stream_is_a_502_and_the_retry_a_new_turn(service):
+    """A bad answer is an error answer: the trainer, which cannot change it, gets a new turn to answer better."""
     call = service.ask_later(chat(stream=True))
     service.wait_for_turns(1)
-    service.answer(1, {"choices": "none"})
+    service.log.append("response", '{"choices":"none"}', 1)
     got = call.result()
     assert got.status == 502
     assert "choices" in got.json()["error"]["message"]
+    (recorded,) = service.trajectory()
+    assert (recorded["status"], recorded["response"]) == (502, {"choices": "none"})
+    assert "choices" in recorded["error"]
+    wait_for_waiting(service, 0)
+    retry = service.ask_later(chat(stream=True), headers=RETRY)
+    assert service.wait_for_turns(2) == [1, 2]
+    service.answer(2)
+    assert retry.result().status == 200
+
+
+def test_trainer_is_told_at_once_that_its_answer_cannot_be_a_stream(service):
+    call = service.ask_later(chat(stream=True))
+    service.wait_for_turns(1)
+    with pytest.raises(rock_ms.UsageError, match="asks for a stream: .*choices"):
+        service.answer(1, {"choices": "none"})
+    service.answer(1)
+    assert call.result().status == 200
 
 
 # Streams and heartbeats ---------------------------------------------------------------------------------------------
@@ -176,7 +194,6 @@ def test_waiting_json_is_kept_alive_by_white_space(tmp_path):
     with running(tmp_path, heartbeat_seconds=0.01) as service:
         call = service.ask_later(chat())
         service.wait_for_turns(1)
-        wait_until(lambda: service.server.session._clock() > 0.05 and not call.is_done())
         agent = Agent(service, chat("other"))
         agent.receive(8)
         service.answer(1)
@@ -249,6 +266,20 @@ def test_retry_after_a_hangup_takes_the_turn_over(service):
     assert [(record["index"], record["status"]) for record in service.trajectory()] == [(1, 499), (1, 200)]
 
 
+def test_retry_right_behind_the_hangup_takes_the_turn_over(service):
+    """The hang-up is seen even when nothing of ours has run since."""
+    for number in range(1, 40):
+        agent = Agent(service, chat(str(number)))
+        wait_for_waiting(service, 1)
+        agent.hang_up()
+        retry = service.ask_later(chat(str(number)))
+        wait_for_waiting(service, 1)
+        service.answer(number)
+        assert retry.result().status == 200
+        wait_for_waiting(service, 0)
+        assert service.turns() == list(range(1, number + 1))
+
+
 def test_other_body_after_a_hangup_is_a_new_turn(service):
     agent = Agent(service, chat())
     wait_for_waiting(service, 1)
@@ -269,6 +300,30 @@ def test_retry_of_a_request_in_flight_shares_its_turn_and_is_recorded_once(servi
     assert first.result().body == retry.result().body
     assert service.turns() == [1]
     assert [record["status"] for record in service.trajectory()] == [200]
+
+
+def test_no_call_of_a_turn_sees_the_answer_before_it_is_recorded(service):
+    first = service.ask_later(chat())
+    wait_for_waiting(service, 1)
+    retry = service.ask_later(chat(), headers=RETRY)
+    wait_for_waiting(service, 2)
+    with rock_ms.AppendFile(service.paths.traj_file).locked():
+        service.answer(1)
+        wait_until(lambda: service.server.session.gauges()["rock_local_turns_answered"] == 1)
+        assert not first.is_done()
+        assert not retry.is_done()
+    assert (first.result().status, retry.result().status) == (200, 200)
+    assert len(service.trajectory()) == 1
+
+
+@pytest.mark.parametrize("model", ["[" * 500 + "]" * 500, "1e999", "null", "{}"])
+def test_model_that_is_no_name_is_no_hindrance_and_no_broken_record(service, model):
+    call = service.ask_later(b'{"model":%s}' % model.encode())
+    service.wait_for_turns(1)
+    service.answer(1)
+    assert call.result().status == 200
+    (line,) = open(service.paths.traj_file).read().splitlines()
+    assert '"model":null' in line
 
 
 def test_retry_of_an_answer_that_was_given_gets_it_again(service):
@@ -326,6 +381,24 @@ def test_call_that_timed_out_is_taken_over(tmp_path):
         service.answer(1)
         assert wait_until(lambda: service.ask(chat()).status == 200)
         assert service.turns() == [1]
+
+
+def test_log_held_by_another_writer_delays_no_answer(service):
+    call = service.ask_later(chat())
+    service.wait_for_turns(1)
+    service.answer(1)
+    call.result()
+    waiter = service.ask_later(chat("two"))
+    wait_for_waiting(service, 1)
+    record = rock_ms.encode_record("response", rock_ms.dump_json(completion()), 2, 1)
+    with rock_ms.AppendFile(service.paths.log_file).locked() as file:
+        new = service.ask_later(chat("three"))
+        file.append(record)
+        assert waiter.result().status == 200
+        assert not new.is_done()
+    service.wait_for_turns(3)
+    service.answer(3)
+    assert new.result().status == 200
 
 
 # The end ------------------------------------------------------------------------------------------------------------
@@ -442,6 +515,60 @@ def test_resumed_session_goes_on_with_the_next_turn_after_one_that_was_delivered
         assert [record["index"] for record in service.trajectory()] == [1, 2]
 
 
+def one_turn(service, content="hello"):
+    call = service.ask_later(chat())
+    service.wait_for_turns(1)
+    service.answer(1, content)
+    return call.result()
+
+
+def test_after_a_kill_the_last_answer_is_given_to_its_repeated_request(tmp_path):
+    """It is in the trajectory, but its last byte may not have left."""
+    with running(tmp_path) as service:
+        one_turn(service, "kept")
+    with running(tmp_path, is_resumed=True, earlier={"pid": 1}) as service:
+        assert b"kept" in service.ask(chat()).body
+        assert service.turns() == [1]
+        assert len(service.trajectory()) == 1
+
+
+def test_after_a_kill_an_answer_that_was_followed_by_a_request_counts_as_delivered(tmp_path):
+    with running(tmp_path) as service:
+        one_turn(service)
+        service.log.append("request", '{"n":2}', 2)
+    with running(tmp_path, is_resumed=True, earlier={"pid": 1}) as service:
+        call = service.ask_later(chat())
+        assert service.wait_for_turns(3) == [1, 2, 3]
+        service.answer(3)
+        call.result()
+
+
+def test_append_mode_and_resume_do_not_take_an_earlier_sessions_turn_for_this_ones(tmp_path):
+    with running(tmp_path, traj_append_mode=True) as service:
+        one_turn(service, "of the earlier session")
+    with running(tmp_path, traj_append_mode=True) as service:
+        service.log.append("request", rock_ms.compact_json(json.dumps(chat())), 1)
+        service.answer(1, "of this session")
+    with running(tmp_path, traj_append_mode=True, is_resumed=True) as service:
+        assert b"of this session" in service.ask(chat()).body
+        assert service.turns() == [1]
+
+
+def test_resuming_reads_a_record_that_lacks_only_its_newline(tmp_path):
+    with running(tmp_path) as service:
+        one_turn(service)
+    for path in (service.paths.log_file, service.paths.traj_file):
+        with open(path, "rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            file.truncate()
+    with running(tmp_path, is_resumed=True) as service:
+        call = service.ask_later(chat())
+        assert service.wait_for_turns(2) == [1, 2]
+        service.answer(2)
+        call.result()
+        assert [record["index"] for record in service.trajectory()] == [1, 2]
+
+
 def test_resumed_session_that_has_ended_stays_ended(tmp_path):
     with running(tmp_path) as service:
         service.server.session.end()
@@ -483,7 +610,7 @@ def test_trajectory_says_what_happened(service):
     assert (record["request"], record["response"]) == (chat(stream=True), completion())
     assert (record["model"], record["stream"], record["status"], record["error"]) == ("m", True, 200, None)
     assert record["index"] == 1
-    assert 0 <= record["end_time"] - record["start_time"] - record["response_time"] < 1e-3
+    assert abs(record["end_time"] - record["start_time"] - record["response_time"]) < 1e-3
     files = [open(str(path), "rb").read() for path in service_files(service)]
     assert not any(b"sk-secret" in content for content in files)
 
@@ -507,8 +634,9 @@ def test_answer_that_cannot_be_recorded_is_not_given_and_comes_with_the_retry(se
     service.wait_for_turns(1)
     service.answer(1, "kept")
     got = call.result()
-    assert got.status == 500
-    assert "LLMTraj.jsonl" in got.json()["error"]["message"]
+    assert (got.status, got.json()["error"]["code"]) == (500, "storage_error")
+    assert b"LLMTraj" not in got.body, "no path of ours reaches a client"
+    assert any("LLMTraj.jsonl: Is a directory" in line for line in service.logged)
     os.rmdir(service.paths.traj_file)
     assert b"kept" in service.ask(chat()).body
     assert len(service.trajectory()) == 1
@@ -517,8 +645,8 @@ def test_answer_that_cannot_be_recorded_is_not_given_and_comes_with_the_retry(se
 def test_request_that_cannot_be_logged_is_an_error_and_takes_no_index(service):
     os.mkdir(service.paths.log_file)
     got = service.ask(chat())
-    assert got.status == 500
-    assert "LLMService.log" in got.json()["error"]["message"]
+    assert (got.status, got.json()["error"]["code"]) == (500, "storage_error")
+    assert any("LLMService.log: Is a directory" in line for line in service.logged)
     os.rmdir(service.paths.log_file)
     call = service.ask_later(chat())
     assert service.wait_for_turns(1) == [1]

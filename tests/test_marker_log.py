@@ -110,6 +110,12 @@ def test_whole_record_right_behind_a_torn_one_is_read():
     assert (record.index, record.body) == (4, b'{"c":1}')
 
 
+@pytest.mark.parametrize("torn", ["L", "LLM_RES", "LLM_REQUEST_STAR", "SESSION_EN", "LLM_RESPONSE_START", "S"])
+def test_whole_record_right_behind_a_torn_marker_is_read(torn):
+    record = parse_record(torn.encode() + encode_record("response", '{"c":1}', 4, 1)[:-1])
+    assert (record.index, record.body) == (4, b'{"c":1}')
+
+
 def test_compacting_changes_no_token():
     original = '{ "a" : 1.10 ,\n\t"b":[ 1e400, 12345678901234567890123, "x  y\\u0041 \\" " ],\r "a":2 }'
     expected = '{"a":1.10,"b":[1e400,12345678901234567890123,"x  y\\u0041 \\" "],"a":2}'
@@ -197,7 +203,20 @@ def test_tail_reads_a_replaced_log_from_its_start(log, tmp_path):
     os.rename(log.path, str(tmp_path / "moved"))
     log.append("request", "{}", 1)
     assert [record.index for record in tail.read()] == [1]
-    assert tail.replacements == 1
+    assert tail.was_replaced
+
+
+def test_half_line_that_is_taken_back_is_no_replacement(log):
+    log.append("request", "{}", 1)
+    size = os.path.getsize(log.path)
+    tail = log.tail()
+    append_raw(log, b"LLM_RESP")
+    assert [record.index for record in tail.read()] == [1]
+    os.truncate(log.path, size)
+    assert list(tail.read()) == []
+    log.append("request", "{}", 2)
+    assert [record.index for record in tail.read()] == [2]
+    assert not tail.was_replaced
 
 
 def test_record_at_an_offset_is_read_back(log):
@@ -217,14 +236,14 @@ def test_place_of_a_turn_is_found_from_the_end(log):
         if index < 5:
             log.append("response", '{"r":%d}' % index, index)
     place = log.find(3)
-    assert place.has_request
+    assert place.request
     assert place.response.body == b'{"r":3}'
     assert place.next_request.body == b'{"n":4}'
     assert place.next_is_answered
     assert not place.has_ended
     assert place.end == os.path.getsize(log.path)
     assert log.find(0).next_request.body == b'{"n":1}'
-    assert not log.find(6).has_request
+    assert not log.find(6).request
 
 
 def test_finding_the_last_turn_reads_only_the_end(log):
@@ -259,17 +278,18 @@ class _CountingFile:
 
 def test_answer_is_written_once_however_often_it_is_given(log):
     log.append("request", "{}", 1)
-    for answer in ('{"a":[1,2]}', '{"a":[1,2]}', '{"a": [1, 2]}'):
+    for answer in ('{"a":[1,2],"b":0}', '{"a":[1,2],"b":0}', '{"b": 0, "a": [1, 2]}'):
         log.append_response(1, rock_ms.compact_json(answer))
-    assert records(log) == [("request", 1, "{}"), ("response", 1, '{"a":[1,2]}')]
+    assert records(log) == [("request", 1, "{}"), ("response", 1, '{"a":[1,2],"b":0}')]
 
 
-def test_another_answer_is_an_error_and_changes_nothing(log):
+@pytest.mark.parametrize("other", ['{"a":2}', '{"a":true}', '{"a":1.0}', '{"a":1,"b":0}'])
+def test_another_answer_is_an_error_and_changes_nothing(log, other):
     log.append("request", "{}", 1)
     log.append_response(1, '{"a":1}')
     before = contents(log)
     with pytest.raises(RockError, match="request 1 already has another answer"):
-        log.append_response(1, '{"a":2}')
+        log.append_response(1, other)
     assert contents(log) == before
 
 
@@ -329,7 +349,7 @@ def waiter(log, clock=None, alive=lambda: None):
 
 def test_waiting_prints_the_request_as_it_stands_in_the_log(log):
     clock = Clock(lambda: len(clock.sleeps) == 3 and log.append("request", '{"p":"SESSION_END"}', 1))
-    assert waiter(log, clock).wait(1, Place(has_request=True), None) == '{"p":"SESSION\\u005fEND"}'
+    assert waiter(log, clock).wait(1, Place(), None) == '{"p":"SESSION\\u005fEND"}'
 
 
 def test_waiting_ends_with_not_yet_after_its_timeout_and_not_before(log):
@@ -362,6 +382,18 @@ def test_waiting_gives_up_when_the_service_stays_away(log):
     with pytest.raises(RockError, match="--resume"):
         waiter(log, clock, alive=lambda: False).wait(1, Place(), None)
     assert rock_ms.GONE_SECONDS < clock.now < rock_ms.GONE_SECONDS + 3
+
+
+def test_waiting_for_a_service_that_was_never_there_has_no_limit(log):
+    clock = Clock(lambda: clock.now > 1000 and log.append("request", "{}", 1))
+    assert waiter(log, clock, alive=lambda: None).wait(1, Place(), None) == "{}"
+
+
+def test_waiting_gives_up_when_the_service_was_there_and_was_stopped(log):
+    clock = Clock()
+    with pytest.raises(RockError, match="--resume"):
+        waiter(log, clock, alive=lambda: True if clock.now < 5 else None).wait(1, Place(), None)
+    assert 4 + rock_ms.GONE_SECONDS < clock.now < rock_ms.GONE_SECONDS + 8
 
 
 def test_waiting_bears_a_service_that_comes_back(log):
