@@ -22,7 +22,7 @@ The marker log, `LLMService.log`, holds one record a line:
 It needs Python 3.7 or newer on a POSIX system and nothing else, and it imports nothing of ours: copy this one file
 into any sandbox image.  It is read from top to bottom; each section uses only what stands above it:
 
-    Names and limits . Errors . JSON text . Marker records . HTTP messages . Completions as streams . Settings
+    Names and limits . JSON text . Errors . Marker records . HTTP messages . Completions as streams . Settings
     . Files . Marker log . Anti-call . Trajectory . Processes . HTTP server . Local service . Command line
 """
 
@@ -95,6 +95,60 @@ MAX_MODEL_NAMES = 100  # listed by /v1/models; the names come from the agent
 
 
 # ======================================================================================================================
+# JSON text: payloads stay the text their author wrote, so that no number, key order or escape is changed on the way.
+# ======================================================================================================================
+
+_STRING_OR_SPACE = re.compile(r'("[^"\\]*(?:\\.[^"\\]*)*")|[ \t\r\n]+')
+
+
+def _refuse_constant(name):
+    raise ValueError("%s is not a JSON value" % name)
+
+
+def parse_json(text: str, object_pairs_hook=None) -> object:
+    """The value of a JSON text by RFC 8259: NaN and Infinity are refused.
+
+    Raises ValueError, whose message says what is wrong and where; also for nesting too deep to be read.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=object_pairs_hook)
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply") from None
+
+
+def compact_json(text: str) -> str:
+    """A valid JSON text without the white space between its tokens: one line, every token as it was written."""
+    return _STRING_OR_SPACE.sub(r"\1", text)
+
+
+def dump_json(value: object) -> str:
+    """A value as one line of JSON that can be encoded as UTF-8, lone surrogates included."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, separators=(",", ":"))
+    return text
+
+
+def json_object(text: str, what: str) -> tuple[str, dict]:
+    """Check that `text` is one JSON object; return it as one line, and its value.  Raises ValueError naming `what`."""
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        raise ValueError("%s is not JSON: %s" % (what, error)) from None
+    if not isinstance(value, dict):
+        raise ValueError("%s must be a JSON object, got %s" % (what, json_type(value)))
+    return compact_json(text), value
+
+
+def json_type(value: object) -> str:
+    """JSON's own word for the type of a parsed value."""
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+# ======================================================================================================================
 # Errors: what this module raises on purpose. Each carries what the command line or the HTTP server does with it.
 # ======================================================================================================================
 
@@ -162,60 +216,6 @@ def storage_failure() -> ApiError:
 
 class ProtocolError(ApiError):
     """A message that is malformed or ambiguous as HTTP.  The connection cannot be used after it."""
-
-
-# ======================================================================================================================
-# JSON text: payloads stay the text their author wrote, so that no number, key order or escape is changed on the way.
-# ======================================================================================================================
-
-_STRING_OR_SPACE = re.compile(r'("[^"\\]*(?:\\.[^"\\]*)*")|[ \t\r\n]+')
-
-
-def _refuse_constant(name):
-    raise ValueError("%s is not a JSON value" % name)
-
-
-def parse_json(text: str, object_pairs_hook=None) -> object:
-    """The value of a JSON text by RFC 8259: NaN and Infinity are refused.
-
-    Raises ValueError, whose message says what is wrong and where; also for nesting too deep to be read.
-    """
-    try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=object_pairs_hook)
-    except RecursionError:
-        raise ValueError("the JSON is nested too deeply") from None
-
-
-def compact_json(text: str) -> str:
-    """A valid JSON text without the white space between its tokens: one line, every token as it was written."""
-    return _STRING_OR_SPACE.sub(r"\1", text)
-
-
-def dump_json(value: object) -> str:
-    """A value as one line of JSON that can be encoded as UTF-8, lone surrogates included."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        text = json.dumps(value, separators=(",", ":"))
-    return text
-
-
-def json_object(text: str, what: str) -> tuple[str, dict]:
-    """Check that `text` is one JSON object; return it as one line, and its value.  Raises ValueError naming `what`."""
-    try:
-        value = parse_json(text)
-    except ValueError as error:
-        raise ValueError("%s is not JSON: %s" % (what, error)) from None
-    if not isinstance(value, dict):
-        raise ValueError("%s must be a JSON object, got %s" % (what, json_type(value)))
-    return compact_json(text), value
-
-
-def json_type(value: object) -> str:
-    """JSON's own word for the type of a parsed value."""
-    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
 
 
 # ======================================================================================================================
@@ -1069,6 +1069,35 @@ def _yaml_flow_item(number, text, depth):
 # ======================================================================================================================
 
 
+def set_aside(path: str, now: float) -> str | None:
+    """Rename an earlier session's file to a dated name beside it; return that name, None where there was nothing."""
+    try:
+        if not os.path.getsize(path):
+            return None
+    except FileNotFoundError:
+        return None
+    root, extension = os.path.splitext(path)
+    dated = "%s.%s" % (root, time.strftime("%Y%m%d-%H%M%S", time.localtime(now)))
+    target, number = dated + extension, 1
+    while os.path.exists(target):
+        target, number = "%s-%d%s" % (dated, number, extension), number + 1
+    os.rename(path, target)
+    return target
+
+
+def write_whole(path: str, data: bytes) -> None:
+    """Replace a file's content at once: a reader sees the old or the new, never a part."""
+    temporary = "%s.%d.tmp" % (path, os.getpid())
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
 class LockedFile:
     """A file that this process has locked for writing.  Made by `AppendFile.locked`."""
 
@@ -1205,35 +1234,6 @@ class AppendFile:
             raise StorageError("cannot lock %s: %s" % (self.path, error.strerror)) from error
 
 
-def set_aside(path: str, now: float) -> str | None:
-    """Rename an earlier session's file to a dated name beside it; return that name, None where there was nothing."""
-    try:
-        if not os.path.getsize(path):
-            return None
-    except FileNotFoundError:
-        return None
-    root, extension = os.path.splitext(path)
-    dated = "%s.%s" % (root, time.strftime("%Y%m%d-%H%M%S", time.localtime(now)))
-    target, number = dated + extension, 1
-    while os.path.exists(target):
-        target, number = "%s-%d%s" % (dated, number, extension), number + 1
-    os.rename(path, target)
-    return target
-
-
-def write_whole(path: str, data: bytes) -> None:
-    """Replace a file's content at once: a reader sees the old or the new, never a part."""
-    temporary = "%s.%d.tmp" % (path, os.getpid())
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
 # ======================================================================================================================
 # Marker log: the log as a file. The service appends requests and follows what is appended; the trainer's side appends
 # answers and finds its place from the end. Neither reads what it has read before.
@@ -1346,6 +1346,29 @@ def _lines_backwards(descriptor, size):
     yield b"".join(reversed(pieces))
 
 
+def check_streamable(request: Record, text: str) -> None:
+    """Refuse, with UsageError, an answer that cannot be made the stream that its request asks for."""
+    if b'"stream"' not in request.body or not _is_json(request.body):
+        return
+    body, answer = parse_json(request.text), parse_json(text)
+    if isinstance(body, dict) and body.get("stream") and error_status(answer) is None:
+        try:
+            completion_chunks(answer, body, request.index, 0)
+        except ValueError as error:
+            raise UsageError("request %d asks for a stream: %s" % (request.index, error)) from None
+
+
+def _is_same_json(one, other):
+    try:
+        return one == other or _canonical(one) == _canonical(other)
+    except ValueError:
+        return False
+
+
+def _canonical(text):
+    return json.dumps(parse_json(text), sort_keys=True)
+
+
 class MarkerLog:
     """The marker log's writer and reader."""
 
@@ -1411,29 +1434,6 @@ class MarkerLog:
 
     def _encode(self, kind, text, index):
         return encode_record(kind, text, index, int(self._clock() * 1000))
-
-
-def check_streamable(request: Record, text: str) -> None:
-    """Refuse, with UsageError, an answer that cannot be made the stream that its request asks for."""
-    if b'"stream"' not in request.body or not _is_json(request.body):
-        return
-    body, answer = parse_json(request.text), parse_json(text)
-    if isinstance(body, dict) and body.get("stream") and error_status(answer) is None:
-        try:
-            completion_chunks(answer, body, request.index, 0)
-        except ValueError as error:
-            raise UsageError("request %d asks for a stream: %s" % (request.index, error)) from None
-
-
-def _is_same_json(one, other):
-    try:
-        return one == other or _canonical(one) == _canonical(other)
-    except ValueError:
-        return False
-
-
-def _canonical(text):
-    return json.dumps(parse_json(text), sort_keys=True)
 
 
 def poll_delay(waited: float, interval: float) -> float:
@@ -2787,8 +2787,11 @@ class LocalCall:
         return True
 
     def _outcome(self):
-        """What the call has come to by now, or None."""
-        if self._call.has_hung_up:
+        """What the call has come to by now, or None.  Raises ClientGone.
+
+        Looking at the socket matters: bytes sent to a client that has just hung up are taken without an error.
+        """
+        if self._call.is_abandoned():
             raise ClientGone
         if self._call.response:
             return self._streamable(given_answer(self._call.response))

@@ -518,9 +518,12 @@ def test_body_larger_than_the_limit_is_refused(tmp_path):
             check_refused(service.port, data, 413, "larger than 100 bytes")
 
 
-def test_client_that_is_still_sending_reads_why_it_is_refused(tmp_path):
+def test_refused_client_may_finish_sending_and_then_reads_why(tmp_path):
     with running(tmp_path, max_body_bytes=100) as service:
-        check_refused(service.port, sized(b"x" * 12000000), 413, "larger than 100 bytes")
+        with socket.create_connection(("127.0.0.1", service.port), TIMEOUT) as sock:
+            sock.sendall(sized(b"x" * 12000000))
+            read_one(sock).check_error(413, "larger than 100 bytes")
+            assert sock.recv(1) == b""
 
 
 KEY = "open-sesame"
@@ -543,10 +546,10 @@ AUTHORISATIONS = {
 
 
 @pytest.fixture(scope="module")
-def locked(tmp_path_factory):
-    """A service that asks for a key."""
-    with running(tmp_path_factory.mktemp("locked"), api_key=KEY) as service:
-        yield service
+def locked(service, tmp_path_factory):
+    """A service that asks for a key.  It needs `service` only so as to be stopped before it."""
+    with running(tmp_path_factory.mktemp("locked"), host=service.settings.host, api_key=KEY) as locked:
+        yield locked
 
 
 @pytest.mark.parametrize("value, status", cases(AUTHORISATIONS))
