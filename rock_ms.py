@@ -541,7 +541,7 @@ def _choices(answer):
     if choices is None and any(key in answer for key in _MESSAGE_KEYS):
         return [{"message": {key: answer[key] for key in _MESSAGE_KEYS if key in answer}}]
     if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
-        raise ValueError("the answer has neither 'choices' nor a message's 'content'")
+        raise ValueError('the answer needs choices, as {"choices": [{"message": {...}}]}')
     return choices
 
 
@@ -671,10 +671,8 @@ def _as_bytes(value):
 
 
 def _as_service_type(value):
-    if value == "proxy":
-        raise ValueError("'proxy' is not in this version, which has the local service only")
     if value != "local":
-        raise ValueError("must be local")
+        raise ValueError("must be local (the proxy type is not in this version)")
     return value
 
 
@@ -735,21 +733,27 @@ class ServiceSettings:
     logging_file_name: str = _setting(
         "model_service.log", _as_text, "name of the service's own log", "ROCK_LOGGING_FILE_NAME"
     )
-    proxy_base_url: str | None = _setting(None, _as_url, "proxy type: where every call goes", flag="--proxy-base-url")
+    proxy_base_url: str | None = _setting(
+        None, _as_url, "proxy type, not in this version: where every call goes", flag="--proxy-base-url"
+    )
     proxy_rules: dict = _setting(
         {"gpt-3.5-turbo": "https://api.openai.com/v1", "default": "https://api-inference.modelscope.cn/v1"},
         _as_rules,
-        "proxy type: where the calls of each model go",
+        "proxy type, not in this version: where the calls of each model go",
     )
     retryable_status_codes: tuple = _setting(
-        (429, 500), _as_status_codes, "proxy type: answers worth another attempt", flag="--retryable-status-codes"
+        (429, 500),
+        _as_status_codes,
+        "proxy type, not in this version: answers worth another attempt",
+        flag="--retryable-status-codes",
     )
 
 
-def resolve_settings(cls: type, flags: dict, environ: dict, config_file: str | None) -> object:
+def resolve_settings(cls: type, flags: dict, environ: dict, config_file: str | None, earlier=()) -> object:
     """An instance of a settings dataclass.  Raises UsageError that names the source, the value and what is allowed.
 
-    flags: by field name, None where not given.  environ: as os.environ; an empty value counts as not set.
+    flags: by field name, None where not given.  environ: as os.environ; an empty value counts as not set.  earlier:
+    values by field name that stand in for the defaults, as of the service that is resumed.
     """
     config = {} if config_file is None else read_config_file(config_file, [spec.name for spec in fields(cls)])
     values = {}
@@ -761,6 +765,8 @@ def resolve_settings(cls: type, flags: dict, environ: dict, config_file: str | N
             source, raw = env, environ[env]
         elif spec.name in config and (config[spec.name] is not None or spec.default is None):
             source, raw = "%s: %s" % (config_file, spec.name), config[spec.name]
+        elif spec.name in earlier:
+            source, raw = "the last service's " + spec.name, earlier[spec.name]
         else:
             continue
         try:
@@ -777,7 +783,8 @@ def read_config_file(path: str, known: list) -> dict:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError("cannot read the config file %s: %s" % (path, error)) from None
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError("cannot read the config file %s: %s" % (path, reason)) from None
     try:
         is_json = text.lstrip().startswith("{")
         config = parse_json(text, _unique_keys) if is_json else parse_yaml(text)
@@ -813,6 +820,8 @@ def resolve_data_dir(flag: str | None, environ: dict) -> str:
 
     Every command finds it in this same way.  /data/logs counts where it can be written or made.  Raises UsageError.
     """
+    if flag == "":
+        raise UsageError("--data-dir is empty")
     chosen = flag or environ.get("ROCK_MODEL_SERVICE_DATA_DIR")
     if chosen:
         return os.path.abspath(os.path.expanduser(chosen))
@@ -1385,9 +1394,10 @@ class MarkerLog:
         """Add SESSION_END.  Raises StorageError."""
         self._file.append(SESSION_END_LINE)
 
-    def close_torn_line(self) -> None:
-        """End a half-written last line, before it is read.  Raises StorageError."""
-        self._file.close_torn_line()
+    def prepare(self) -> None:
+        """Make the file, or end its half-written last line, before it is read.  Raises StorageError."""
+        with self._file.locked():
+            pass
 
     def append_response(self, index: int, text: str) -> Place:
         """Answer request `index`, unless it has that very answer or the session is over; return the place after.
@@ -1598,7 +1608,7 @@ def _answers_signal(pid):
 
 def stopped_state(state: dict) -> dict:
     """What remains of a service's state when it stops: what --resume and anti-call-llm go on with."""
-    return {key: state[key] for key in ("log_file", "watched") if key in state}
+    return {key: state[key] for key in ("host", "port", "has_api_key", "log_file", "watched") if key in state}
 
 
 def watched_by(state: dict) -> dict:
@@ -1612,7 +1622,7 @@ class ServiceState:
     """Which service, if any, runs on a data directory.
 
     A lock file is held as long as the service lives, so that a killed one frees it and no process number is trusted;
-    a state file beside it says the rest: pid, identity, host, port, type, log_file, watched (pids and identities).
+    a state file beside it says the rest: pid, identity, host, port, has_api_key, log_file, watched (pid: identity).
     What a stopped one leaves has no pid.  What a killed one leaves has, and is how one knows.
     """
 
@@ -1693,7 +1703,8 @@ class ServiceState:
         """Why a second one cannot start."""
         state = self.read()
         where = "%s:%s" % (state.get("host", "?"), state.get("port", "?"))
-        return "a model service already runs (pid %s, %s); stop it first" % (state.get("pid", "?"), where)
+        message = "a model service already runs (pid %s, %s); stop it first, or give another --data-dir"
+        return message % (state.get("pid", "?"), where)
 
     def verified_pid(self, seconds: float) -> int | None:
         """The running service's process number, None where it is not the process that wrote the state.
@@ -1797,7 +1808,7 @@ class Router:
         if methods is None:
             prefix = next((prefix for prefix in self._named if path.startswith(prefix)), None)
             if prefix is None:
-                raise ApiError(404, "there is no %s here%s" % (path, did_you_mean(path, list(self._exact))))
+                raise ApiError(404, "there is no %s here; there are %s" % (path, ", ".join(self._exact)))
             methods, name = self._named[prefix], path[len(prefix) :]
         route = methods.get("GET" if method == "HEAD" else method)
         if route is None:
@@ -2313,7 +2324,7 @@ def _listen(service, host, port):
         return Listener((host, port), None)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise RockError("cannot listen on %s:%d: %s" % (host, port, reason)) from error
+        raise RockError("cannot listen on %s:%d: %s; give another --host or --port" % (host, port, reason)) from error
 
 
 # ======================================================================================================================
@@ -2910,6 +2921,8 @@ class LocalService:
         pid = request.json()[1].get("pid")
         if type(pid) is not int or not 0 < pid < 2**31:
             raise ApiError(400, "pid must be a process number, got %s" % dump_json(pid), param="pid")
+        if self.session.has_ended:
+            raise ApiError(410, "the session has ended already: stop, and start a new one", code="session_ended")
         if pid == os.getpid():
             raise ApiError(400, "%d is the model service itself, not an agent" % pid, param="pid")
         is_alive = self._watch.watch(pid)
@@ -2929,7 +2942,6 @@ class LocalServer:
     ):
         log, trajectory = MarkerLog(paths.log_file), AppendFile(paths.traj_file)
         if is_resumed:
-            log.close_torn_line()
             trajectory.close_torn_line()
         recorded = recorded_turns(paths.traj_file) if is_resumed else {}
         was_killed = "pid" in (earlier or {})
@@ -2942,6 +2954,7 @@ class LocalServer:
         try:
             if not is_resumed:
                 paths.set_earlier_aside(settings.traj_append_mode, logger)
+            log.prepare()
             self.session.start()
             if is_resumed and not self.session.has_ended:
                 self._watch.resume(watched_by(earlier or {}))
@@ -2996,6 +3009,12 @@ def connect_host(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
 
 
+def base_url(host: str, port: int) -> str:
+    """What an agent on this machine is given as OPENAI_BASE_URL."""
+    host = connect_host(host)
+    return "http://%s:%d/v1" % ("[%s]" % host if ":" in host else host, port)
+
+
 def call_service(host: str, port: int, method: str, path: str, value: object = None, api_key: str | None = None):
     """Send one request to a running service; return its JSON.  Raises RockError with what it, or the network, said."""
     from http.client import HTTPConnection, HTTPException
@@ -3007,6 +3026,10 @@ def call_service(host: str, port: int, method: str, path: str, value: object = N
         connection.request(method, path, body, headers)
         response = connection.getresponse()
         answer = parse_json(response.read().decode("utf-8"))
+        if response.status == 401:
+            raise RockError(
+                "the model service asks for its API key: give it in ROCK_MODEL_SERVICE_API_KEY, or --api-key"
+            )
         if response.status >= 400:
             raise RockError("the model service refused: %s" % answer["error"]["message"])
     except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
@@ -3019,13 +3042,17 @@ def call_service(host: str, port: int, method: str, path: str, value: object = N
 def command_start(args: argparse.Namespace) -> int:
     """Run the service, here or in the background."""
     flags = {spec.name: getattr(args, spec.name, None) for spec in fields(ServiceSettings)}
-    settings = resolve_settings(ServiceSettings, flags, os.environ, args.config_file)
     data_dir = resolve_data_dir(args.data_dir, os.environ)
+    earlier = ServiceState(data_dir).read() if args.resume else {}
+    settings = resolve_settings(ServiceSettings, flags, os.environ, args.config_file, earlier)
+    if earlier.get("has_api_key") and settings.api_key is None:
+        raise UsageError("the last service asked for an API key: give it again, in ROCK_MODEL_SERVICE_API_KEY")
     paths = DataPaths.of(data_dir, settings)
     try:
         paths.make_directories()
     except OSError as error:
-        raise StorageError("cannot make %s: %s" % (error.filename, error.strerror)) from None
+        message = "cannot make %s: %s; give another --data-dir" % (error.filename, error.strerror)
+        raise StorageError(message) from None
     if args.foreground:
         return run_service(settings, paths, args.resume, args.ready_fd)
     return start_in_background(paths, flags, args)
@@ -3055,7 +3082,8 @@ def run_service(settings: ServiceSettings, paths: DataPaths, is_resumed: bool, r
 def _serve_until_signal(settings, paths, is_resumed, ready_fd, state, signals):
     earlier = state.read()
     pid = os.getpid()
-    published = {"pid": pid, "identity": process_identity(pid), "type": settings.type, "log_file": paths.log_file}
+    published = {"pid": pid, "identity": process_identity(pid), "log_file": paths.log_file}
+    published["has_api_key"] = settings.api_key is not None
 
     def publish(**changes):
         published.update(changes)
@@ -3132,7 +3160,8 @@ def start_in_background(paths: DataPaths, flags: dict, args: argparse.Namespace)
     finally:
         os.close(ready)
     process.returncode = 0  # it is meant to outlive us: no warning that it does
-    say("model service started: pid %(pid)d, http://%(host)s:%(port)d/v1, log %(log_file)s" % running)
+    url = base_url(running["host"], running["port"])
+    say("model service started: pid %d, %s, log %s" % (running["pid"], url, running["log_file"]))
     if running["session_ended"]:
         complain("the resumed session has ended already; start without --resume to begin a new one")
     return 0
@@ -3163,7 +3192,7 @@ def _spawn_service(paths, flags, args):
             )
     except OSError as error:
         os.close(ready)
-        raise RockError("cannot start the model service: %s" % error) from None
+        raise RockError("cannot start the model service: %s; give another --data-dir" % error) from None
     finally:
         os.close(ready_fd)
     return process, ready
@@ -3190,15 +3219,20 @@ def command_stop(args: argparse.Namespace) -> int:
     data_dir = resolve_data_dir(args.data_dir, os.environ)
     state = ServiceState(data_dir)
     if not state.is_running():
-        say("no model service runs on %s" % data_dir)
+        say("no model service runs in the data directory %s" % data_dir)
         return 0
     pid = state.verified_pid(PROBE_SECONDS)
     if pid is None:
-        raise RockError("the service on %s is not a process of this machine; stop it where it runs" % data_dir)
+        message = "the model service of %s is not a process of this machine; stop it where it runs"
+        raise RockError(message % data_dir)
     for number, seconds in ((signal.SIGTERM, 2 * STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
         identity = process_identity(pid)
-        with contextlib.suppress(ProcessLookupError):
+        try:
             os.kill(pid, number)
+        except ProcessLookupError:
+            pass
+        except PermissionError:
+            raise RockError("the model service (pid %d) belongs to another user, who can stop it" % pid) from None
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if identity is None or process_identity(pid) != identity:
@@ -3210,15 +3244,19 @@ def command_stop(args: argparse.Namespace) -> int:
 
 def command_watch_agent(args: argparse.Namespace) -> int:
     """Have the service watch a process."""
-    state = ServiceState(resolve_data_dir(args.data_dir, os.environ)).read()
+    data_dir = resolve_data_dir(args.data_dir, os.environ)
+    state = ServiceState(data_dir).read()
     flags = {"host": args.host, "port": args.port, "api_key": args.api_key}
     settings = resolve_settings(ServiceSettings, flags, os.environ, None)
+    if "pid" not in state and not (args.port or os.environ.get("SERVICE_PORT")):
+        raise RockError("no model service runs in the data directory %s: start it, or give --port" % data_dir)
     host = args.host or state.get("host") or settings.host
     port = settings.port if args.port else state.get("port") or settings.port
     answer = call_service(host, port, "POST", "/v1/agent/watch", {"pid": args.pid}, settings.api_key)
     if answer.get("status") == "gone":
-        complain("process %d has gone already" % args.pid)
-    say("watching process %d" % args.pid)
+        complain("process %d has gone already, or the number is wrong; it counts as an agent that has ended" % args.pid)
+    else:
+        say("watching process %d" % args.pid)
     return 0
 
 
@@ -3235,10 +3273,17 @@ def command_anti_call_llm(args: argparse.Namespace) -> int:
         place = log.find(args.index)
     else:
         place = log.append_response(args.index, text)
-        if place.response and args.response_file not in (None, "-"):
+        if place.response is None:
+            complain("request %d is not answered: the session has ended" % args.index)
+        elif args.response_file not in (None, "-"):
             os.unlink(args.response_file)
+    if not state.is_running():
+        complain("no model service runs in the data directory %s" % data_dir)
     waiter = RequestWaiter(log, settings.polling_interval_seconds, state.liveness)
-    say(waiter.wait(args.index + 1, place, args.timeout))
+    try:
+        say(waiter.wait(args.index + 1, place, args.timeout))
+    except NotYet as error:
+        raise NotYet(("request %d is answered; " % args.index if place.response else "") + str(error)) from None
     return 0
 
 
@@ -3376,20 +3421,25 @@ class _Demo:
 
 _EXAMPLES = {
     "start": """examples:
-  rock-ms start                                  in the background, on 0.0.0.0:8080
-  rock-ms start --port 9000 --data-dir ./logs    elsewhere
-  rock-ms start --resume                         go on with the session of the last service
-  rock-ms start --foreground                     stay here and show each request; Ctrl-C ends it""",
+  %(prog)s                                  in the background, on 0.0.0.0:8080
+  %(prog)s --host 127.0.0.1 --port 9000     for this machine only, elsewhere
+  %(prog)s --resume                         go on with the last session, where it listened
+  %(prog)s --foreground                     stay here and show each request; Ctrl-C ends it
+
+Every setting can also be given in the environment or in --config-file; see the README's table.""",
     "watch-agent": """examples:
-  my-agent & rock-ms watch-agent --pid $!        SESSION_END is written when the agent has gone""",
+  my-agent & %(prog)s --pid $!        SESSION_END is written when the agent has gone
+
+Several processes may be watched, each by a call of its own; the session ends with the last of them.""",
     "anti-call-llm": """examples:
-  rock-ms anti-call-llm --index 0                        wait for request 1, print it
-  rock-ms anti-call-llm --index 1 --response '{...}'     answer request 1, wait for request 2, print it
-  rock-ms anti-call-llm --index 1 --response-file R      the same; R is removed once it is read
-  rock-ms anti-call-llm --index 1                        only wait for request 2
+  %(prog)s --index 0                        wait for request 1, print it
+  %(prog)s --index 1 --response '{...}'     answer request 1, wait for request 2, print it
+  %(prog)s --index 1 --response-file R      the same; R is removed once it is read
+  %(prog)s --index 1                        only wait for request 2
+  %(prog)s --index 1 --response-file R --timeout 0     only answer request 1 (exit code 75)
 
 It prints the request's JSON on one line, or SESSION_END.  Repeating a call is safe.
-exit codes: 0 printed, 1 failed, 2 bad usage, 75 not yet (--timeout is over)""",
+exit codes: 0 printed, 1 failed, 2 bad usage, 75 not yet (--timeout is over; the answer is taken)""",
 }
 
 
@@ -3403,8 +3453,8 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version="rock-model-service " + __version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_start(_add_command(commands, "start", command_start, "start the service in the background"))
-    _add_anti_call(_add_command(commands, "anti-call-llm", command_anti_call_llm, "answer, and wait for the next call"))
     _add_watch(_add_command(commands, "watch-agent", command_watch_agent, "end the session when a process ends"))
+    _add_anti_call(_add_command(commands, "anti-call-llm", command_anti_call_llm, "answer, and wait for the next call"))
     _add_command(commands, "stop", command_stop, "stop the service")
     _add_command(commands, "demo", command_demo, "show the whole loop in two seconds", has_data_dir=False)
     return parser
@@ -3419,7 +3469,7 @@ def _add_command(commands, name, function, help, has_data_dir=True):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(function=function)
+    parser.set_defaults(function=function, parser=parser)
     if has_data_dir:
         where = "directory of log, trajectory and state (env ROCK_MODEL_SERVICE_DATA_DIR; default %s, else %s)"
         parser.add_argument("--data-dir", metavar="DIR", help=where % (DEFAULT_DATA_DIR, FALLBACK_DATA_DIR))
@@ -3444,7 +3494,9 @@ def _setting_help(spec):
 
 
 def _add_anti_call(parser):
-    parser.add_argument("--index", type=int, required=True, help="the last request: it is answered, the next printed")
+    parser.add_argument(
+        "--index", type=int, required=True, help="the request to answer, 0 for none; the next one is printed"
+    )
     answer = parser.add_mutually_exclusive_group()
     answer.add_argument("--response", metavar="JSON", help="the answer to that request: a completion, or an error")
     answer.add_argument("--response-file", metavar="FILE", help="the same from a file, removed once read; -: stdin")
@@ -3458,11 +3510,19 @@ def _timeout(text):
     return seconds
 
 
-_timeout.__name__ = "number of seconds"  # argparse's message quotes it
+def _process_number(text):
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+# argparse's messages quote these names.
+_timeout.__name__ = "number of seconds"
+_process_number.__name__ = "process number"
 
 
 def _add_watch(parser):
-    parser.add_argument("--pid", type=int, required=True, help="the agent's process number")
+    parser.add_argument("--pid", type=_process_number, required=True, help="the agent's process number")
     parser.add_argument("--host", help="where the service listens (default: as it says in the data dir)")
     parser.add_argument("--port", help="the same")
     parser.add_argument("--api-key", metavar="KEY", help="the service's token (env ROCK_MODEL_SERVICE_API_KEY)")
@@ -3475,7 +3535,9 @@ def main(argv: list | None = None) -> int:
     prog = os.path.basename(sys.argv[0] or "rock-ms")
     if words[:1] == ["model-service"]:  # as ROCK spells it: rock model-service start
         prog, words = prog + " model-service", words[1:]
-    args = build_parser(prog).parse_args(words)
+    args, unknown = build_parser(prog).parse_known_args(words)
+    if unknown:
+        args.parser.error("unrecognized arguments: %s" % " ".join(unknown))
     try:
         return args.function(args)
     except RockError as error:

@@ -381,7 +381,7 @@ def test_client_that_reset_its_connection_is_gone():
 
 NO_ROUTE = {
     "unknown path": (get(line=b"GET /nowhere HTTP/1.1"), "/nowhere"),
-    "near miss": (get(line=b"POST /v1/chat/completion HTTP/1.1"), "did you mean '/v1/chat/completions'"),
+    "near miss": (get(line=b"POST /v1/chat/completion HTTP/1.1"), "there are /v1/chat/completions, /v1/models"),
     "upper case": (get(line=b"GET /HEALTH HTTP/1.1"), "/HEALTH"),
     "two slashes": (get(line=b"GET //health HTTP/1.1"), "//health"),
     "percent escape": (get(line=b"GET /%68ealth HTTP/1.1"), "/%68ealth"),

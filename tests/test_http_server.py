@@ -112,9 +112,9 @@ def test_service_that_never_started_can_be_stopped(tmp_path):
 
 
 def test_port_that_is_taken_is_an_error_that_leaves_nothing(tmp_path):
-    with running(tmp_path / "a") as service, nothing_left():
+    with running(tmp_path) as service, nothing_left():
         with pytest.raises(RockError, match="cannot listen on 127.0.0.1:%d" % service.port):
-            Service(tmp_path / "b", port=service.port)
+            Service(tmp_path, port=service.port)
 
 
 def test_a_bug_is_a_plain_500_and_its_traceback_goes_to_the_log(service):

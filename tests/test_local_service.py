@@ -643,6 +643,7 @@ def test_answer_that_cannot_be_recorded_is_not_given_and_comes_with_the_retry(se
 
 
 def test_request_that_cannot_be_logged_is_an_error_and_takes_no_index(service):
+    os.remove(service.paths.log_file)
     os.mkdir(service.paths.log_file)
     got = service.ask(chat())
     assert (got.status, got.json()["error"]["code"]) == (500, "storage_error")
@@ -673,6 +674,7 @@ def test_session_ends_once_when_the_last_watched_process_has_gone(service):
     wait_until(lambda: [record.kind for record in service.records()] == ["end"])
     agents[1].wait()
     wait_until(lambda: service.ask(chat()).status == 410)
+    assert service.ask({"pid": os.getppid()}, path="/v1/agent/watch").status == 410
 
 
 def test_process_that_has_gone_already_ends_the_session(service):

@@ -67,7 +67,7 @@ def test_demo_prints_what_is_shown(readme):
 def test_loop_runs_as_shown(readme, tmp_path):
     """The section's commands, word for word but for the port, the agent and where python3 is."""
     section = readme.split("## The loop")[1].split("\n## ")[0]
-    begin, train, end = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    begin, train = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
     port = free_port()
     agent = tmp_path / "my-agent"
     agent.write_text("#!/bin/sh\nexec %s %s/agent.py\n" % (sys.executable, tmp_path))
@@ -76,8 +76,10 @@ def test_loop_runs_as_shown(readme, tmp_path):
     (tmp_path / "python3").symlink_to(sys.executable)
     (tmp_path / "rock_ms.py").symlink_to(SCRIPT)
     answer = rock_ms.dump_json(completion("fixed"))
-    (tmp_path / "answer.json").write_text(answer)
-    environ = clean_environ(ROCK_MODEL_SERVICE_DATA_DIR=str(tmp_path / "data"), ANSWER=answer)
+    policy = tmp_path / "my-policy"
+    policy.write_text("#!/bin/sh\ncat >> seen\necho '%s'\n" % answer)
+    policy.chmod(0o755)
+    environ = clean_environ(ROCK_MODEL_SERVICE_DATA_DIR=str(tmp_path / "data"))
     environ["PATH"] = "%s:%s" % (tmp_path, environ["PATH"])
 
     def shell(text):
@@ -86,16 +88,22 @@ def test_loop_runs_as_shown(readme, tmp_path):
 
     try:
         started = Later(lambda: shell(begin))
-        printed = shell(train).splitlines()
+        wait_until(lambda: rock_ms.ServiceState(str(tmp_path / "data")).is_running(), "the service")
+        assert "stopped" in shell(train)
         assert "watching process" in started.result()
-        assert [line[:30] for line in printed] == [
-            '{"model":"m","messages":["one"',
-            '{"model":"m","messages":["two"',
-            "SESSION_END",
-        ]
     finally:
-        assert "stopped" in shell(end)
+        run_cli("stop", check=0, env=environ)
+    assert [line[:30] for line in (tmp_path / "seen").read_text().splitlines()] == [
+        '{"model":"m","messages":["one"',
+        '{"model":"m","messages":["two"',
+    ]
     wait_until(lambda: (tmp_path / "agent.done").exists())
+
+
+def test_config_file_is_understood(readme, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(re.search(r"```yaml\n(.*?)```", readme, re.DOTALL).group(1))
+    assert rock_ms.resolve_settings(rock_ms.ServiceSettings, {}, {}, str(path)).port == 9000
 
 
 def free_port():

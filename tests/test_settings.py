@@ -36,7 +36,7 @@ GOOD = {
 
 # For each setting: the rule that its errors state, bad texts, and what else is bad in a config file.
 BAD = {
-    "type": ("must be local", ["remote", "Local", " local"], [1, True, []]),
+    "type": ("must be local (the proxy type is not in this version)", ["remote", "Local", " local"], [1, True, []]),
     "host": ("must be a text that is not empty", [""], [1, False, ["h"], {}]),
     "port": (
         "must be a whole number from 0 to 65535 (0: any free port)",
@@ -216,7 +216,7 @@ def test_bad_value_is_refused_with_its_source_the_rule_and_the_value(tmp_path, n
 
 
 def test_proxy_type_is_refused_as_not_in_this_version():
-    assert refusal({"type": "proxy"}).startswith("--type: 'proxy' is not in this version")
+    assert refusal({"type": "proxy"}).startswith("--type: must be local (the proxy type is not in this version)")
 
 
 def test_bad_url_among_the_proxy_rules_is_refused(tmp_path):
@@ -364,7 +364,8 @@ def test_data_dir_is_the_flag_s_then_the_variable_s(tmp_path):
     environ = {"ROCK_MODEL_SERVICE_DATA_DIR": str(tmp_path / "env")}
     assert resolve_data_dir(str(tmp_path / "flag"), environ) == str(tmp_path / "flag")
     assert resolve_data_dir(None, environ) == str(tmp_path / "env")
-    assert resolve_data_dir("", environ) == str(tmp_path / "env")
+    with pytest.raises(UsageError, match="--data-dir is empty"):
+        resolve_data_dir("", environ)
 
 
 def test_data_dir_is_absolute_and_knows_the_home_directory():
