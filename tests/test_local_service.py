@@ -417,6 +417,15 @@ def test_end_of_the_session_ends_waiting_and_new_requests_with_410(service):
     assert [record["status"] for record in service.trajectory()] == [410] * 3
 
 
+def test_no_request_gets_behind_the_end_that_is_written_and_not_yet_read_back(tmp_path):
+    log = rock_ms.MarkerLog(str(tmp_path / "log"))
+    session = rock_ms.LocalSession(log, 0.1, None)
+    session.end()
+    with pytest.raises(rock_ms.ApiError, match="session has ended"):
+        session.open_call("{}", is_retry=False)
+    assert [record.kind for record in log.tail().read()] == ["end"]
+
+
 def test_end_written_by_another_is_heard(service):
     call = service.ask_later(chat())
     wait_for_waiting(service, 1)

@@ -168,6 +168,19 @@ def test_log_that_was_moved_away_is_begun_anew(log, tmp_path):
     assert records(log) == [("request", 2, "{}")]
 
 
+def test_file_that_was_moved_away_while_its_lock_was_waited_for_is_not_taken(log, tmp_path):
+    log.append("request", "{}", 1)
+    descriptor = os.open(log.path, os.O_RDWR)
+    try:
+        assert log._file._try_lock(descriptor)
+        os.rename(log.path, str(tmp_path / "moved"))
+        assert not log._file._try_lock(descriptor)
+        log.append("request", "{}", 1)
+        assert not log._file._try_lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def test_set_aside_keeps_every_earlier_file(tmp_path):
     path = tmp_path / "LLMService.log"
     names = []
