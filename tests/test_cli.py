@@ -294,9 +294,23 @@ def test_state_of_a_killed_service_is_no_hindrance(cli):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_foreground_service_ends_cleanly_by_a_signal(cli, number):
-    words = [sys.executable, SCRIPT, "start", "--foreground", "--host=127.0.0.1", "--port=0"]
+    words = [
+        sys.executable,
+        SCRIPT,
+        "start",
+        "--foreground",
+        "--host=127.0.0.1",
+        "--port=0",
+        "--data-dir",
+        cli.data_dir,
+    ]
     process = subprocess.Popen(
-        words + ["--data-dir", cli.data_dir], stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=clean_environ()
+        words,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=clean_environ(),
+        # What ignores a signal (as nohup does, or a shell in the background) passes that on, and is obeyed.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     wait_until(lambda: "port" in state(cli))
     call = Later(lambda: ask(state(cli)["port"], chat()))

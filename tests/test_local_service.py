@@ -732,14 +732,17 @@ def test_health_models_and_about(service):
 
 
 def test_metrics_count_requests_and_turns(service):
+    def shows(line):
+        return wait_until(lambda: line in service.ask(method="GET", path="/metrics").body.decode(), line)
+
     service.ask(b"[]")
     call = service.ask_later(chat())
     service.wait_for_turns(1)
-    text = service.ask(method="GET", path="/metrics").body.decode()
-    assert 'rock_http_requests_total{method="POST",route="/v1/chat/completions",status="400"} 1' in text
-    assert "rock_local_calls_waiting 1" in text
+    assert shows('rock_http_requests_total{method="POST",route="/v1/chat/completions",status="400"} 1\n')
+    assert shows("rock_local_calls_waiting 1\n")
     service.answer(1)
     call.result()
-    text = service.ask(method="GET", path="/metrics").body.decode()
-    assert 'rock_http_request_duration_seconds_count{method="POST",route="/v1/chat/completions",status="200"} 1' in text
-    assert "rock_local_turns_answered 1" in text
+    assert shows(
+        'rock_http_request_duration_seconds_count{method="POST",route="/v1/chat/completions",status="200"} 1\n'
+    )
+    assert shows("rock_local_turns_answered 1\n")
