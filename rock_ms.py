@@ -78,6 +78,8 @@ SEND_SECONDS = 60.0  # for each piece of this size that a client does not take:
 SEND_PIECE_BYTES = 256 * 1024
 LINGER_SECONDS = 2.0  # after an early refusal we read on so long, or the client sees a reset and not the reason
 STOP_SECONDS = 5.0  # how long open connections may take to finish when the service stops
+START_SECONDS = 30.0  # for the service to answer after `start`
+REQUEST_SECONDS = 10.0  # for a command's own request to the service
 BACKLOG = 1024  # connections waiting to be accepted; the default of five drops a burst of agents
 
 READ_BLOCK_BYTES = 1024 * 1024
@@ -2977,9 +2979,6 @@ class LocalServer:
 # Command line: one function a command. Standard output is for what was asked for, standard error for everything else.
 # ======================================================================================================================
 
-START_SECONDS = 30.0  # for the service to answer after `start`
-REQUEST_SECONDS = 10.0  # for a command's own request to the service
-
 
 def open_standard_streams() -> None:
     """Give the standard streams that were closed to us (`>&-`) to /dev/null, or files of ours take their place."""
@@ -3109,7 +3108,10 @@ def _serve_until_signal(settings, paths, is_resumed, ready_fd, state, signals):
         logger.info("stopping: %s", signal.Signals(number).name)
     finally:
         server.stop()
-        state.write(stopped_state(published))
+        try:
+            state.write(stopped_state(published))
+        except StorageError as error:
+            logger.error("the next service will take this one for killed: %s", error)
         logger.info("stopped")
 
 
