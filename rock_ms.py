@@ -1359,10 +1359,14 @@ def _lines_backwards(descriptor, size):
 
 def check_streamable(request: Record, text: str) -> None:
     """Refuse, with UsageError, an answer that cannot be made the stream that its request asks for."""
-    if b'"stream"' not in request.body or not _is_json(request.body):
+    if b'"stream"' not in request.body:
         return
-    body, answer = parse_json(request.text), parse_json(text)
-    if isinstance(body, dict) and body.get("stream") and error_status(answer) is None:
+    try:
+        body = json_object(request.text, "the request")[1]
+    except ValueError:
+        return  # another writer's, which no agent of ours waits for
+    answer = parse_json(text)
+    if body.get("stream") and error_status(answer) is None:
         try:
             completion_chunks(answer, body, request.index, 0)
         except ValueError as error:
@@ -1489,7 +1493,7 @@ class RequestWaiter:
         if place.next_request is not None:
             return place.next_request.text
         tail = self._log.tail(place.end)
-        began = present = looked = self._clock()
+        began = last_present = next_look = self._clock()
         was_seen = None
         while True:
             found = self._look(tail, index)
@@ -1498,12 +1502,12 @@ class RequestWaiter:
             now = self._clock()
             if timeout is not None and now - began >= timeout:
                 raise NotYet("request %d has not come within %g s; repeat the call to wait on" % (index, timeout))
-            if now >= looked:
-                looked = now + LIVENESS_SECONDS
+            if now >= next_look:
+                next_look = now + LIVENESS_SECONDS
                 is_alive = self._is_service_alive()
                 was_seen = was_seen or is_alive is not None
-                present = now if is_alive or not was_seen else present
-                if now - present > GONE_SECONDS:
+                last_present = now if is_alive or not was_seen else last_present
+                if now - last_present > GONE_SECONDS:
                     raise RockError("the model service is gone; run start --resume, then repeat this call")
             left = self._interval if timeout is None else max(0.0, began + timeout - now)
             self._sleep(min(left, poll_delay(now - began, self._interval)))
@@ -1922,7 +1926,7 @@ def _peek(sock):
         return True
 
 
-def _is_closed(sock):
+def _has_hung_up(sock):
     return _peek(sock) is True
 
 
@@ -2123,7 +2127,7 @@ class Exchange:
         self._has_unread = False
         sock = self._connection.sock
         watch_hangup = functools.partial(service.hangups.watch, sock)
-        return self._route.handler(Request(head, body, name, watch_hangup, functools.partial(_is_closed, sock)))
+        return self._route.handler(Request(head, body, name, watch_hangup, functools.partial(_has_hung_up, sock)))
 
     def _send(self, reply):
         keep_alive = bool(self._head and self._head.keep_alive) and not self._has_unread
@@ -2607,16 +2611,19 @@ class _ResumedTurns:
         self._unconfirmed = []
 
     def answered(self, turn, record):
+        """A turn's answer was read."""
         status, end_time = self._recorded.get(turn.index, (None, 0.0))
         if status is not None and end_time * 1000 >= record.timestamp:
             turn.is_recorded = True
             self._unconfirmed.append((turn, status))
 
     def delivered_before_a_request(self):
+        """A request was read; the (turn, status) of the answers that it shows to have been delivered."""
         confirmed, self._unconfirmed = self._unconfirmed, []
         return confirmed
 
     def delivered_at_the_end(self):
+        """All was read; the same of the answers that no request came after."""
         confirmed = [] if self._was_killed else self._unconfirmed
         self._recorded, self._unconfirmed = {}, []
         return confirmed
@@ -2734,6 +2741,7 @@ class LocalCall:
         is_retry = bool(re.match(r"0*[1-9][0-9]*\Z", retry_count))
         self._call = service.session.open_call(self._text, is_retry, request.is_client_gone)
         self._answer = None  # what the client gets, once that is written down
+        self._chunks = []  # the same as a stream
         self._is_closed = False
 
     @property
@@ -2774,8 +2782,7 @@ class LocalCall:
         value = self._answer.value
         if self._answer.status >= 400:
             return sse_event(value if "error" in value else {"error": value})
-        chunks = completion_chunks(value, self._body, self._call.turn.index, self._start_time)
-        return b"".join([sse_event(chunk) for chunk in chunks] + [SSE_DONE])
+        return b"".join([sse_event(chunk) for chunk in self._chunks] + [SSE_DONE])
 
     def _wait(self):
         """Wait for what the client gets and write it down; whether it came before a heartbeat was due.
@@ -2818,7 +2825,8 @@ class LocalCall:
         """The answer, or a 502 where the agent asked for a stream and none can be made from it."""
         if self._is_stream and answer.status < 400:
             try:
-                completion_chunks(answer.value, self._body, 0, 0)
+                index, now = self._call.turn.index, self._start_time
+                self._chunks = completion_chunks(answer.value, self._body, index, now)
             except ValueError as error:
                 return bad_answer(error)
         return answer

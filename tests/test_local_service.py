@@ -485,6 +485,13 @@ def test_stop_under_load_loses_no_answer(tmp_path):
 # Resuming -----------------------------------------------------------------------------------------------------------
 
 
+def one_turn(service, content="hello"):
+    call = service.ask_later(chat())
+    service.wait_for_turns(1)
+    service.answer(1, content)
+    return call.result()
+
+
 def test_resumed_session_gives_an_unanswered_turn_to_the_agents_repeated_request(tmp_path):
     with running(tmp_path) as service:
         agent = Agent(service, chat())
@@ -512,23 +519,13 @@ def test_resumed_session_gives_an_answer_that_was_not_delivered(tmp_path):
 
 def test_resumed_session_goes_on_with_the_next_turn_after_one_that_was_delivered(tmp_path):
     with running(tmp_path) as service:
-        call = service.ask_later(chat())
-        service.wait_for_turns(1)
-        service.answer(1)
-        call.result()
+        one_turn(service)
     with running(tmp_path, is_resumed=True) as service:
         call = service.ask_later(chat())
         assert service.wait_for_turns(2) == [1, 2]
         service.answer(2)
         call.result()
         assert [record["index"] for record in service.trajectory()] == [1, 2]
-
-
-def one_turn(service, content="hello"):
-    call = service.ask_later(chat())
-    service.wait_for_turns(1)
-    service.answer(1, content)
-    return call.result()
 
 
 def test_after_a_kill_the_last_answer_is_given_to_its_repeated_request(tmp_path):
@@ -600,10 +597,7 @@ def test_new_session_sets_the_old_files_aside(tmp_path):
 def test_append_mode_goes_on_with_the_trajectory(tmp_path):
     for count in (1, 2):
         with running(tmp_path, traj_append_mode=True) as service:
-            call = service.ask_later(chat())
-            service.wait_for_turns(1)
-            service.answer(1)
-            call.result()
+            one_turn(service)
             assert len(service.trajectory()) == count
 
 
