@@ -1,17 +1,22 @@
 #!/usr/bin/env python3
-"""The ROCK model service in one file: an agent's LLM calls, answered by a trainer.
+"""The ROCK model service in one file: an agent's LLM calls, recorded, and answered by a trainer or a model's server.
 
-Inside a sandbox an agent calls an OpenAI endpoint.  This file is that endpoint: it writes every call to a log
-file, hands it to whoever trains the agent, and carries the answer back.
+Inside a sandbox an agent calls an OpenAI endpoint.  This file is that endpoint.  Of type `local` it writes every call
+to a log file, hands it to whoever trains the agent, and carries the answer back.  Of type `proxy` it passes every call
+on to a model's server, or answers it from a recording.
 
     python3 rock_ms.py demo                                   the whole loop, in two seconds
     python3 rock_ms.py start --port 8080                      the service, in the background
     python3 rock_ms.py watch-agent --pid 4242                 end the session when this process ends
     python3 rock_ms.py anti-call-llm --index 0                wait for request 1 and print it
     python3 rock_ms.py anti-call-llm --index 1 --response R   answer request 1, wait for request 2
+    python3 rock_ms.py start --type proxy --proxy-base-url https://host/v1
+    python3 rock_ms.py start --type proxy --replay-file R     answer from the recording R
+    python3 rock_ms.py traj R                                 show a recording
     python3 rock_ms.py stop
 
-Endpoints: POST /v1/chat/completions, GET /v1/models, POST /v1/agent/watch, GET /health, GET /metrics.
+Endpoints: POST /v1/chat/completions, GET /v1/models, POST /v1/agent/watch, GET /health, GET /metrics; any /v1/ path of
+a proxy.
 
 The marker log, `LLMService.log`, holds one record a line:
 
@@ -22,8 +27,9 @@ The marker log, `LLMService.log`, holds one record a line:
 It needs Python 3.7 or newer on a POSIX system and nothing else, and it imports nothing of ours: copy this one file
 into any sandbox image.  It is read from top to bottom; each section uses only what stands above it:
 
-    Names and limits . JSON text . Errors . Marker records . HTTP messages . Completions as streams . Settings
-    . Files . Marker log . Anti-call . Trajectory . Processes . HTTP server . Local service . Command line
+    Names and limits . JSON text . Errors . Marker records . HTTP messages . Completions and streams . Settings
+    . Files . Marker log . Anti-call . Trajectory . Processes . HTTP server . Local service . Upstreams
+    . Proxy service . Replay service . Reading trajectories . Command line
 """
 
 from __future__ import annotations
@@ -87,12 +93,19 @@ SCAN_BLOCK_BYTES = 256 * 1024
 LOCK_SECONDS = 10.0  # a log is locked for well under a millisecond at a time
 MIN_POLL_SECONDS = 0.002
 POLL_FRACTION = 0.02  # a poll waits this share of the time already waited: a turn is delayed by 2 % at most
+HOLD_BYTES = 8 * 1024 * 1024  # of an answer that is held until it is whole, so that it can be asked for once more
+RETRY_AFTER_SECONDS = 600.0  # an upstream that asks for a longer wait than this is not waited for
+MIN_SECRET_LENGTH = 12  # shorter ones are words, as "unused", that stand elsewhere too
+PROXY_TIMEOUT_SECONDS = 120.0  # ROCK's default for the proxy type
 IDLE_POLL_SECONDS = 1.0  # nobody waits for an answer, only another writer's SESSION_END can come
 WATCH_SECONDS = 0.2  # how often a watched process is looked at
 GONE_SECONDS = 30.0  # how long anti-call-llm lets the service be away, for a restart with --resume
 LIVENESS_SECONDS = 1.0  # how often it looks
 PROBE_SECONDS = 0.5  # how long a starting service may take to get its lock from such a look, and to say who it is
 MAX_FINISHED_TURNS = 4096  # remembered for an agent's late retry; each costs some 300 bytes
+CONNECT_SECONDS = 15.0  # for each address of an upstream: one that does not answer must not use up a call's time
+POOL_SECONDS = 90.0  # after which a connection to an upstream that nobody needed is closed
+MAX_IDLE_UPSTREAMS = 256  # connections kept open
 MAX_MODEL_NAMES = 100  # listed by /v1/models; the names come from the agent
 
 
@@ -107,12 +120,18 @@ def _refuse_constant(name):
     raise ValueError("%s is not a JSON value" % name)
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
 def parse_json(text: str, object_pairs_hook=None) -> object:
     """The value of a JSON text by RFC 8259: NaN and Infinity are refused.
 
     Raises ValueError, whose message says what is wrong and where; also for nesting too deep to be read.
     """
     try:
+        if object_pairs_hook is None:
+            return _DECODER.decode(text)
         return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=object_pairs_hook)
     except RecursionError:
         raise ValueError("the JSON is nested too deeply") from None
@@ -125,7 +144,7 @@ def compact_json(text: str) -> str:
 
 def dump_json(value: object) -> str:
     """A value as one line of JSON that can be encoded as UTF-8, lone surrogates included."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = _ENCODER.encode(value)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -181,6 +200,7 @@ class ClientGone(Exception):
     """The HTTP client hung up, or takes no more bytes: there is nobody left to answer."""
 
 
+KNOWN_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))  # others count as "other"
 ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -188,6 +208,10 @@ ERROR_TYPES = {
     408: "timeout_error",
     429: "rate_limit_error",
 }
+
+
+class ReplyBroken(Exception):
+    """A reply that has begun and cannot be ended: the client must see a broken connection."""
 
 
 class ApiError(RockError):
@@ -334,12 +358,17 @@ def _parse_behind_torn(line, offset):
 # be read in two ways by two programs, is refused and never repaired.
 # ======================================================================================================================
 
-_TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+\Z")
-_FIELD_VALUE = re.compile(rb"[\t \x21-\x7e\x80-\xff]*\Z")
+_TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_FIELD_VALUE = r"[\t \x21-\x7e\x80-\xff]*"
+_FIELD = re.compile(r"(%s):(%s)\Z" % (_TOKEN, _FIELD_VALUE))
+_FIELDS_TO_SEND = re.compile(r"(?:\r\n%s: %s)*\Z" % (_TOKEN, _FIELD_VALUE))
+_METHOD = re.compile(_TOKEN.encode() + rb"\Z")
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t \x21-\x7e\x80-\xff]*)?\Z")
 _TARGET = re.compile(rb"[\x21-\x7e]+\Z")
 _HOST = re.compile(r"[\w.~!$&'()*+,;=%:\[\]-]*\Z", re.ASCII)
 _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n)")
 _VERSION = re.compile(rb"HTTP/([0-9])\.([0-9])\Z")
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?\Z")
 _JSON_TYPE = re.compile(r"application/(?:[\w.+-]+\+)?json\Z")
 
 
@@ -347,8 +376,8 @@ _JSON_TYPE = re.compile(r"application/(?:[\w.+-]+\+)?json\Z")
 class RequestHead:
     """A request's first line and header.
 
-    path: the target's path, percent-escapes as sent, without a trailing slash.  query: what follows "?".  headers:
-    (lower-case name, value) pairs in order.  content_length: bytes, None where the message has no such field.
+    path: the target's path as sent.  query: what follows "?".  headers: (lower-case name, value) pairs in order.
+    content_length: bytes, None where the message has no such field.
     """
 
     method: str
@@ -377,7 +406,7 @@ def parse_request_head(head: bytes) -> RequestHead:
         raise ProtocolError(400, "a line of the request header does not end in CRLF")
     first, *lines = head.split(b"\r\n")
     method, target, is_http10 = _parse_request_line(first)
-    headers = tuple(_parse_field(line) for line in lines)
+    headers = tuple((name.lower(), value) for name, value in map(_parse_field, lines))
     return RequestHead(
         method,
         *_split_target(target),
@@ -393,7 +422,7 @@ def _parse_request_line(line):
     if len(parts) != 3:
         raise ProtocolError(400, "the request line is not 'METHOD target HTTP/1.1'")
     method, target, version = parts
-    if not _TOKEN.match(method):
+    if not _METHOD.match(method):
         raise ProtocolError(400, "the request method is not a token")
     if len(target) > MAX_TARGET_BYTES:
         raise ProtocolError(414, "the request target is longer than %d bytes" % MAX_TARGET_BYTES)
@@ -413,18 +442,20 @@ def _split_target(target):
         path = "/" + path.split("//", 1)[1].partition("/")[2]
     if not path.startswith("/") and path != "*":
         raise ProtocolError(400, "the request target is neither a path nor an http URL")
-    return path.rstrip("/") or "/", query
+    return path, query
 
 
 def _parse_field(line):
-    if line[:1] in (b" ", b"\t"):
+    text = line.decode("latin-1")
+    match = _FIELD.match(text)
+    if match:
+        return match.group(1), match.group(2).strip(" \t")
+    if text[:1] in (" ", "\t"):
         raise ProtocolError(400, "a header field is folded over two lines")
-    name, colon, value = line.partition(b":")
-    if not colon or not _TOKEN.match(name):
+    name = re.match(_TOKEN + ":", text)
+    if not name:
         raise ProtocolError(400, "a header line is not 'Name: value'")
-    if not _FIELD_VALUE.match(value):
-        raise ProtocolError(400, "the header field %s has a control character" % name.decode())
-    return name.decode().lower(), value.strip(b" \t").decode("latin-1")
+    raise ProtocolError(400, "the header field %s has a control character" % name.group()[:-1])
 
 
 def _values(headers, name):
@@ -461,12 +492,195 @@ def _parse_framing(headers, is_http10):
     }
 
 
+@dataclass(frozen=True)
+class ResponseHead:
+    """A response's first line and header.
+
+    headers: (name, value) pairs as sent and in order.  content_length: bytes, None where the body ends otherwise.
+    """
+
+    status: int
+    headers: tuple = ()
+    content_length: int | None = None
+    is_chunked: bool = False
+    keep_alive: bool = True
+
+    def header(self, name: str, default: str | None = None) -> str | None:
+        """The first field of that lower-case name."""
+        return next((value for key, value in self.headers if key.lower() == name), default)
+
+
+def parse_response_head(head: bytes, is_head: bool = False) -> ResponseHead:
+    """Read a response's header, given without its final empty line.  Raises ProtocolError 502.
+
+    is_head: it answers a HEAD request, so that no body follows whatever it says.
+    """
+    if _BARE_LINE_END.search(head):
+        raise ProtocolError(502, "a line of the response header does not end in CRLF")
+    first, *lines = head.split(b"\r\n")
+    match = _STATUS_LINE.match(first)
+    if not match:
+        raise ProtocolError(502, "what came is no HTTP/1.1 response")
+    try:
+        headers = tuple(map(_parse_field, lines))
+    except ProtocolError as error:
+        raise ProtocolError(502, "in the response, %s" % error) from None
+    status, lowered = int(match.group(2)), tuple((name.lower(), value) for name, value in headers)
+    length, is_chunked = _response_framing(lowered)
+    if is_head or status in (204, 304):
+        length, is_chunked = 0, False
+    keep_alive = match.group(1) == b"1" and "close" not in _tokens(lowered, "connection")
+    return ResponseHead(status, headers, length, is_chunked, keep_alive)
+
+
+def _response_framing(headers):
+    """(content_length, is_chunked) of a response (RFC 9112, section 6.3)."""
+    lengths, codings = set(_values(headers, "content-length")), _values(headers, "transfer-encoding")
+    if lengths and codings:
+        raise ProtocolError(502, "the response has both Content-Length and Transfer-Encoding")
+    if len(lengths) > 1 or any(not re.match(r"[0-9]{1,18}\Z", length) for length in lengths):
+        raise ProtocolError(502, "the response's Content-Length is not one decimal number")
+    if codings and [coding.lower() for coding in codings] != ["chunked"]:
+        raise ProtocolError(502, "the response has a transfer coding other than 'chunked'")
+    return (int(lengths.pop()) if lengths else None), bool(codings)
+
+
+_HOP_BY_HOP = frozenset(
+    ("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer")
+    + ("transfer-encoding", "upgrade")
+)
+
+
+def end_to_end(headers: tuple) -> list:
+    """The header fields that a proxy passes on: those that neither HTTP nor `Connection` binds to one connection."""
+    bound = {token for name, value in headers if name.lower() == "connection" for token in value.lower().split(",")}
+    bound = _HOP_BY_HOP | {token.strip(" \t") for token in bound}
+    return [(name, value) for name, value in headers if name.lower() not in bound]
+
+
+class LengthBody:
+    """A body of known length.  `feed` takes bytes as they come and returns those of the body.
+
+    left: how many are still certain to come.  is_done: whether the body has ended.  rest: what came behind its end.
+    """
+
+    def __init__(self, length: int):
+        self.left = length
+        self.is_done = not length
+        self.rest = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """Take what was received."""
+        body, self.rest = data[: self.left], data[self.left :]
+        self.left -= len(body)
+        self.is_done = not self.left
+        return body
+
+    def end(self) -> bool:
+        """The sender closed; whether the body may end so."""
+        return self.is_done
+
+
+class UnboundedBody:
+    """A body that ends with its connection; as LengthBody."""
+
+    left, rest = 0, b""
+
+    def __init__(self):
+        self.is_done = False
+
+    def feed(self, data: bytes) -> bytes:
+        """Take what was received."""
+        return data
+
+    def end(self) -> bool:
+        """The sender closed; whether the body may end so."""
+        self.is_done = True
+        return True
+
+
+class ChunkedBody:
+    """A body in chunks; as LengthBody.  Extensions and trailers are checked and dropped.  Raises ProtocolError."""
+
+    def __init__(self):
+        self.left = 0
+        self.is_done = False
+        self.rest = b""
+        self._pending = b""  # a line, or a chunk's CRLF, that has not come whole
+        self._is_in_chunk = False  # its CRLF has not been read yet
+        self._trailer_bytes = None  # from the last chunk on
+
+    def feed(self, data: bytes) -> bytes:
+        """Take what was received."""
+        data, self._pending = self._pending + data, b""
+        pieces, at = [], 0
+        while not self.is_done:
+            if self._is_in_chunk:
+                piece = data[at : at + self.left]
+                pieces.append(piece)
+                at += len(piece)
+                self.left -= len(piece)
+                if self.left or not self._ends_chunk(data[at : at + 2]):
+                    break
+                at += 2
+            end = self._line_end(data, at)
+            if end < 0:
+                break
+            self._on_line(data[at : end - 1])
+            at = end + 1
+        if self.is_done:
+            self.rest = data[at:]
+        else:
+            self._pending = data[at:]
+        return b"".join(pieces)
+
+    def end(self) -> bool:
+        """The sender closed; whether the body may end so."""
+        return self.is_done
+
+    def _ends_chunk(self, mark):
+        if not b"\r\n".startswith(mark):
+            raise ProtocolError(400, "a chunk of the body is not as long as it says")
+        self._is_in_chunk = len(mark) < 2
+        return not self._is_in_chunk
+
+    def _line_end(self, data, at):
+        """Where the line's LF is, -1 where it has not come."""
+        limit = MAX_CHUNK_LINE_BYTES if self._trailer_bytes is None else MAX_HEAD_BYTES
+        end = data.find(b"\n", at, at + limit)
+        if end < 0 and len(data) - at >= limit:
+            raise ProtocolError(400, "a line between the chunks of the body is longer than %d bytes" % limit)
+        if end == at or (end > at and data[end - 1] != 13):
+            raise ProtocolError(400, "a line between the chunks of the body does not end in CRLF")
+        return end
+
+    def _on_line(self, line):
+        if self._trailer_bytes is None:
+            self.left = parse_chunk_size(line)
+            self._is_in_chunk = bool(self.left)
+            self._trailer_bytes = None if self.left else 0
+            return
+        self._trailer_bytes += len(line)
+        if self._trailer_bytes > MAX_HEAD_BYTES:
+            raise ProtocolError(431, "the trailer section is longer than %d bytes" % MAX_HEAD_BYTES)
+        if line:
+            _parse_field(line)
+        self.is_done = not line
+
+
+def body_decoder(content_length: int | None, is_chunked: bool) -> object:
+    """What turns a message's bytes into its body's: a LengthBody, ChunkedBody or UnboundedBody."""
+    if is_chunked:
+        return ChunkedBody()
+    return UnboundedBody() if content_length is None else LengthBody(content_length)
+
+
 def parse_chunk_size(line: bytes) -> int:
     """The size on a chunk's first line; extensions are ignored.  Raises ProtocolError."""
-    size = line.split(b";", 1)[0].rstrip(b" \t")
-    if not re.match(rb"[0-9A-Fa-f]{1,15}\Z", size) or not _FIELD_VALUE.match(line):
+    match = _CHUNK_LINE.match(line)
+    if not match:
         raise ProtocolError(400, "a chunk of the body has no valid size")
-    return int(size, 16)
+    return int(match.group(1), 16)
 
 
 def response_head(status: int, headers: list) -> bytes:
@@ -476,12 +690,20 @@ def response_head(status: int, headers: list) -> bytes:
     """
     from http.client import responses
 
-    lines = ["HTTP/1.1 %d %s" % (status, responses.get(status, "Unknown"))]
-    for name, value in headers:
-        if not _TOKEN.match(name.encode("latin-1")) or not _FIELD_VALUE.match(str(value).encode("latin-1")):
-            raise ValueError("the response header %r cannot be sent" % name)
-        lines.append("%s: %s" % (name, value))
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+    return _message_head("HTTP/1.1 %d %s" % (status, responses.get(status, "Unknown")), headers)
+
+
+def request_head(method: str, target: str, headers: list) -> bytes:
+    """A request's first line and header; as `response_head`."""
+    return _message_head("%s %s HTTP/1.1" % (method, target), headers)
+
+
+def _message_head(first_line, headers):
+    lines = "".join(["\r\n%s: %s" % pair for pair in headers])
+    # As many line ends as fields: no name and no value has one of its own.
+    if lines.count("\n") != len(headers) or not _FIELDS_TO_SEND.match(lines):
+        raise ValueError("a header field cannot be sent: %s" % ", ".join(name for name, _ in headers))
+    return (first_line + lines + "\r\n\r\n").encode("latin-1")
 
 
 def check_json_type(content_type: str | None, content_encoding: str | None) -> None:
@@ -499,7 +721,8 @@ def check_json_type(content_type: str | None, content_encoding: str | None) -> N
 
 
 # ======================================================================================================================
-# Completions as streams: a whole answer, as the Server-Sent Events that a streaming client would have seen.
+# Completions and streams: a whole answer as the Server-Sent Events that a streaming client would have seen, and such
+# events as the whole answer that they add up to.
 # ======================================================================================================================
 
 SSE_HEADERS = (("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"))
@@ -622,6 +845,264 @@ def error_status(answer: dict) -> int | None:
     return next((_STATUS_BY_WORD[word] for word in words if isinstance(word, str) and word in _STATUS_BY_WORD), 500)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# From a stream to a whole answer.
+#
+#   Adding up    A chunk's choices are told apart by `index`, and so are the entries of their lists, as tool calls.
+#                Texts are joined, objects added up field by field, lists appended to; of what is whole in each piece
+#                (_WHOLE: `id`, `type`, ...) and of numbers the last counts, and null says nothing.  Fields of the chunk
+#                itself, as `usage`, are whole too.  So a vendor's own fields survive without being known here.
+# ----------------------------------------------------------------------------------------------------------------------
+
+_WHOLE = frozenset(("id", "type", "role", "index", "format", "finish_reason", "stop_reason"))
+_MAX_MERGED_DEPTH = 50
+# What tells a client of the APIs that have such events that the stream is over, before its last byte.
+_LAST_EVENTS = frozenset(("response.completed", "response.failed", "response.incomplete", "message_stop"))
+
+
+class EventParser:
+    """Splits a stream of Server-Sent Events, in pieces of any size, by the rules of the HTML standard."""
+
+    def __init__(self):
+        self._buffer = bytearray()
+        self._is_after_cr = False
+
+    def feed(self, data: bytes) -> list:
+        """The events that this piece completes, as (name, data) texts; an event without data is none."""
+        if self._is_after_cr or b"\r" in data:
+            data = self._with_line_feeds(data)
+        searched = max(0, len(self._buffer) - 1)
+        self._buffer += data
+        end = self._buffer.rfind(b"\n\n", searched)
+        if end < 0:
+            return []
+        blocks = bytes(self._buffer[:end]).split(b"\n\n")
+        del self._buffer[: end + 2]
+        return [event for event in map(_parse_event, blocks) if event]
+
+    def end(self) -> list:
+        """The stream is over: the event that lacked its empty line, which some servers forget."""
+        last, self._buffer = bytes(self._buffer), bytearray()
+        event = _parse_event(last)
+        return [event] if event else []
+
+    def _with_line_feeds(self, data):
+        """CRLF and CR as LF; a CR at the end waits for what follows."""
+        data = b"\r" + data if self._is_after_cr else data
+        self._is_after_cr = data.endswith(b"\r")
+        data = data[:-1] if self._is_after_cr else data
+        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+
+def _parse_event(block):
+    if block.startswith(b"data: ") and b"\n" not in block:
+        return "", block[6:].decode("utf-8", "replace")
+    name, data = "", []
+    for line in block.decode("utf-8", "replace").lstrip("\ufeff").split("\n"):
+        field_name, _, value = line.partition(":")
+        value = value[1:] if value.startswith(" ") else value
+        if field_name == "data":
+            data.append(value)
+        elif field_name == "event":
+            name = value
+    return (name, "\n".join(data)) if data else None
+
+
+class CompletionEvents:
+    """Adds the chunks of a streamed completion up to the completion that they are.
+
+    is_over: whether the client can see that the stream is over.  error: what an error event said, or None.
+    """
+
+    kind = None  # of the response in a CallRecord: JSON
+
+    def __init__(self):
+        self.is_over = False
+        self.error = None
+        self._whole = {}
+        self._choices = {}  # index -> choice; texts in it are _Text
+        self._unknown = []
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the model has said all, though the stream may not have said that it is over."""
+        choices = self._choices.values()
+        return self.is_over or bool(choices) and all(choice.get("finish_reason") for choice in choices)
+
+    def add(self, _: str, data: str) -> None:
+        """Take one event."""
+        if data == "[DONE]":
+            self.is_over = True
+            return
+        try:
+            chunk = parse_json(data)
+        except ValueError:
+            chunk = None
+        if isinstance(chunk, dict):
+            self._add_chunk(chunk)
+        elif "\n" in data:  # events without the empty line between them
+            for line in data.split("\n"):
+                self.add("", line)
+        elif data:
+            self._unknown.append(data)
+
+    def _add_chunk(self, chunk):
+        for key, value in chunk.items():
+            if key == "choices":
+                for position, choice in enumerate(value if isinstance(value, list) else ()):
+                    if isinstance(choice, dict):
+                        index = choice.get("index")
+                        number = index if type(index) is int else position
+                        _merge(self._choices.setdefault(number, {}), choice, 0)
+            elif value is not None:
+                self._whole[key] = value
+                self.error = error_message(chunk) if key == "error" else self.error
+
+    def response(self) -> dict | None:
+        """The completion so far; None where nothing came."""
+        whole = dict(self._whole)
+        if whole.get("object") == "chat.completion.chunk":
+            whole["object"] = "chat.completion"
+        if self._choices:
+            whole["choices"] = [_whole_choice(number, choice) for number, choice in sorted(self._choices.items())]
+        if self._unknown:
+            whole["unknown_events"] = self._unknown
+        return whole or None
+
+
+def _whole_choice(number, choice):
+    choice = _settled(choice)
+    delta = choice.pop("delta", None)
+    whole = {"index": number}
+    if isinstance(delta, dict):
+        for call in delta["tool_calls"] if isinstance(delta.get("tool_calls"), list) else ():
+            if isinstance(call, dict):
+                call.pop("index", None)
+        whole["message"] = {"role": "assistant", **delta}
+    choice.pop("index", None)
+    whole.update(choice)
+    whole.setdefault("finish_reason", None)
+    return whole
+
+
+class _Text(list):
+    """The pieces of a text."""
+
+
+def _merge(into, more, depth):
+    """Add an object to the one that earlier pieces have made."""
+    for key, value in more.items():
+        old = into.get(key)
+        if value is None:
+            into.setdefault(key, None)
+        elif isinstance(value, str):
+            _merge_text(into, key, old, value)
+        elif depth >= _MAX_MERGED_DEPTH:
+            into[key] = value
+        elif isinstance(value, dict):
+            if not isinstance(old, dict):
+                old = into[key] = {}
+            _merge(old, value, depth + 1)
+        elif isinstance(value, list):
+            if not isinstance(old, list) or isinstance(old, _Text):
+                old = into[key] = [{"type": "text", "text": old}] if old else []
+            _merge_list(old, value, key == "tool_calls", depth + 1)
+        else:
+            into[key] = value
+
+
+def _merge_text(into, key, old, value):
+    if key in _WHOLE:
+        if value or old is None:
+            into[key] = value
+    elif isinstance(old, _Text):
+        if key != "name" or old != [value]:  # some servers repeat a function's name in every piece
+            old.append(value)
+    elif isinstance(old, list):  # content in parts, as from models that think aloud
+        old.append({"type": "text", "text": value})
+    else:
+        into[key] = _Text([value])
+
+
+def _merge_list(entries, more, are_calls, depth):
+    for item in more:
+        if not isinstance(item, dict):
+            entries.append(item)
+            continue
+        entry = _entry_of(entries, item, are_calls)
+        if entry is None:
+            entry = {}
+            entries.append(entry)
+        _merge(entry, item, depth)
+
+
+def _entry_of(entries, item, are_calls):
+    """The entry that a piece belongs to, None where it begins one.
+
+    Some servers give every tool call the index 0, or none: then a new id is a new call.
+    """
+    index = item.get("index")
+    if type(index) is not int and not are_calls:
+        return None
+    same = [entry for entry in entries if isinstance(entry, dict) and entry.get("index") == index]
+    if not same:
+        return None
+    if are_calls and item.get("id") and same[-1].get("id"):
+        return next((entry for entry in same if entry["id"] == item["id"]), None)
+    return same[-1]
+
+
+def _settled(value):
+    """The value with its texts joined."""
+    if isinstance(value, _Text):
+        return "".join(value)
+    if isinstance(value, dict):
+        return {key: _settled(part) for key, part in value.items()}
+    return [_settled(part) for part in value] if isinstance(value, list) else value
+
+
+class OtherEvents:
+    """Keeps the events of any other stream, as `[{"event": name, "data": value}]`; else as CompletionEvents."""
+
+    kind = "events"
+
+    def __init__(self):
+        self.is_over = False
+        self.error = None
+        self._events = []
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the stream has said that it is over."""
+        return self.is_over
+
+    def add(self, name: str, data: str) -> None:
+        """Take one event."""
+        try:
+            value = parse_json(data)
+        except ValueError:
+            value = data
+        kind = name or (value.get("type") if isinstance(value, dict) else None)
+        self.is_over = self.is_over or data == "[DONE]" or kind in _LAST_EVENTS
+        if isinstance(value, dict) and (kind == "error" or "error" in value):
+            self.error = error_message(value) or self.error
+        self._events.append({"event": name, "data": value} if name else {"data": value})
+
+    def response(self) -> list | None:
+        """The events so far; None where nothing came."""
+        return self._events or None
+
+
+def error_message(answer: object) -> str | None:
+    """What an error object says, in whichever of the usual shapes; None where it is none."""
+    error = (
+        answer.get("error", answer if answer.get("object") == "error" else None) if isinstance(answer, dict) else None
+    )
+    if isinstance(error, dict):
+        return str(error.get("message") or dump_json(error))
+    return str(error) if error else None
+
+
 # ======================================================================================================================
 # Settings: one dataclass says what can be set; flags, environment, config file, help and README follow its fields.
 # ======================================================================================================================
@@ -656,7 +1137,7 @@ def _as_seconds(value):
 
 
 def _as_wait(value):
-    return None if value is None or str(value).lower() in ("none", "unlimited") else _as_seconds(value)
+    return float("inf") if str(value).lower() in ("none", "unlimited") else _as_seconds(value)
 
 
 def _as_flag(value):
@@ -672,16 +1153,42 @@ def _as_bytes(value):
     return int(value)
 
 
-def _as_service_type(value):
-    if value != "local":
-        raise ValueError("must be local (the proxy type is not in this version)")
-    return value
+def _as_count(value):
+    if isinstance(value, bool) or not re.match(r"[0-9]{1,6}\Z", str(value)) or int(value) < 1:
+        raise ValueError("must be a whole number above 0")
+    return int(value)
+
+
+def _one_of(*words):
+    def parse(value):
+        if value not in words:
+            raise ValueError("must be %s" % " or ".join(words))
+        return value
+
+    return parse
+
+
+_BASE_URL = re.compile(r"https?://(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?(?:/[!$&-;=@-Z_a-z~%]*)?\Z")
 
 
 def _as_url(value):
-    if not re.match(r"https?://[^\s/?#]+[^\s?#]*\Z", str(value)):
+    if "@" in str(value).partition("://")[2].partition("/")[0]:
+        raise UsageError("a base URL must not hold a key: give it in ROCK_MODEL_SERVICE_UPSTREAM_API_KEY")
+    match = _BASE_URL.match(str(value))
+    if not match or not 0 < int(match.group(1) or 1) < 65536:
         raise ValueError("must be a base URL, as https://host/v1")
     return str(value).rstrip("/")
+
+
+def _as_overrides(value):
+    if isinstance(value, str):
+        try:
+            value = parse_json(value)
+        except ValueError:
+            value = None
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise ValueError('must be a JSON object of request fields, as {"logprobs": true}')
+    return value
 
 
 def _as_rules(value):
@@ -691,9 +1198,11 @@ def _as_rules(value):
 
 
 def _as_status_codes(value):
+    if value == "none":
+        return ()
     codes = value if isinstance(value, list) else str(value).split(",")
     if not all(re.match(r" *[1-5][0-9][0-9] *\Z", str(code)) for code in codes):
-        raise ValueError("must be HTTP status codes, as 429,500")
+        raise ValueError("must be HTTP status codes, as 429,500, or none")
     return tuple(int(code) for code in codes)
 
 
@@ -708,14 +1217,21 @@ def _setting(default, parse, help, env=None, flag=None, secret=False):
 class ServiceSettings:
     """What `start` can be told.  Precedence: command line, environment, config file, default."""
 
-    type: str = _setting("local", _as_service_type, "what answers: local (a trainer)", flag="--type")
+    type: str = _setting(
+        "local", _one_of("local", "proxy"), "who answers: local (a trainer) or proxy (a model's server)", flag="--type"
+    )
     host: str = _setting("0.0.0.0", _as_text, "address to listen on", "SERVICE_HOST", "--host")
     port: int = _setting(8080, _as_port, "port to listen on, 0 for any free one", "SERVICE_PORT", "--port")
     api_key: str | None = _setting(
         None, _as_api_key, "bearer token that clients must send", "ROCK_MODEL_SERVICE_API_KEY", "--api-key", secret=True
     )
     request_timeout: float | None = _setting(
-        None, _as_wait, "seconds a call waits for its answer; none: no limit", "REQUEST_TIMEOUT", "--request-timeout"
+        None,
+        _as_wait,
+        "seconds that a call waits for its answer, and a proxy at each silence of the upstream; "
+        "default: local none (no limit), proxy 120",
+        "REQUEST_TIMEOUT",
+        "--request-timeout",
     )
     # Load balancers cut a connection after 60 s of silence.
     heartbeat_seconds: float = _setting(
@@ -726,8 +1242,11 @@ class ServiceSettings:
     )
     max_body_bytes: int = _setting(MAX_BODY_BYTES, _as_bytes, "largest request body", "MAX_BODY_BYTES")
     log_file: str | None = _setting(None, _as_text, "marker log; default: LLMService.log in the data dir", "LOG_FILE")
+    recording_file: str | None = _setting(
+        None, _as_text, "trajectory; default: LLMTraj.jsonl in the data dir", flag="--recording-file"
+    )
     traj_append_mode: bool = _setting(
-        False, _as_flag, "go on with an earlier LLMTraj.jsonl", "ROCK_MODEL_SERVICE_TRAJ_APPEND_MODE"
+        False, _as_flag, "go on with an earlier trajectory", "ROCK_MODEL_SERVICE_TRAJ_APPEND_MODE"
     )
     logging_path: str | None = _setting(
         None, _as_text, "directory of the service's own log; default: the data dir", "ROCK_LOGGING_PATH"
@@ -735,20 +1254,56 @@ class ServiceSettings:
     logging_file_name: str = _setting(
         "model_service.log", _as_text, "name of the service's own log", "ROCK_LOGGING_FILE_NAME"
     )
-    proxy_base_url: str | None = _setting(
-        None, _as_url, "proxy type, not in this version: where every call goes", flag="--proxy-base-url"
-    )
+    proxy_base_url: str | None = _setting(None, _as_url, "proxy: where every call goes", flag="--proxy-base-url")
     proxy_rules: dict = _setting(
         {"gpt-3.5-turbo": "https://api.openai.com/v1", "default": "https://api-inference.modelscope.cn/v1"},
         _as_rules,
-        "proxy type, not in this version: where the calls of each model go",
+        "proxy: where the calls of each model go, and of all others (`default`)",
+    )
+    upstream_api_key: str | None = _setting(
+        None,
+        _as_api_key,
+        "proxy: key sent upstream in place of the agent's",
+        "ROCK_MODEL_SERVICE_UPSTREAM_API_KEY",
+        secret=True,
+    )
+    request_overrides: dict = _setting(
+        {}, _as_overrides, "proxy: fields set in every request, as a JSON object", flag="--request-overrides"
     )
     retryable_status_codes: tuple = _setting(
-        (429, 500),
-        _as_status_codes,
-        "proxy type, not in this version: answers worth another attempt",
-        flag="--retryable-status-codes",
+        (429, 500), _as_status_codes, "proxy: answers worth another attempt", flag="--retryable-status-codes"
     )
+    max_attempts: int = _setting(
+        6, _as_count, "proxy: attempts that a call has, the first included", flag="--max-attempts"
+    )
+    retry_delay_seconds: float = _setting(
+        2.0, _as_seconds, "proxy: seconds before the second attempt; doubled each time", flag="--retry-delay-seconds"
+    )
+    replay_file: str | None = _setting(
+        None, _as_text, "proxy: answer from this trajectory, without an upstream", flag="--replay-file"
+    )
+    replay_match: str = _setting(
+        "order", _one_of("order", "request"), "proxy: replay in order, or by request", flag="--replay-match"
+    )
+
+    @property
+    def wait_limit(self) -> float:
+        """request_timeout, or what it is by default; in seconds, inf for no limit."""
+        if self.request_timeout is not None:
+            return self.request_timeout
+        return PROXY_TIMEOUT_SECONDS if self.type == "proxy" else float("inf")
+
+    def check(self, given: dict) -> None:
+        """Refuse, with UsageError, settings that contradict each other.  given: those of the command line."""
+        if self.recording_file and self.replay_file:
+            raise UsageError("recording_file and replay_file exclude each other: a replay is not recorded")
+        if self.type == "proxy":
+            return
+        if self.replay_file:
+            raise UsageError("replay_file is for --type proxy")
+        for spec in fields(self):
+            if spec.metadata["help"].startswith("proxy:") and given.get(spec.name) is not None:
+                raise UsageError("%s is for --type proxy" % spec.metadata["flag"])
 
 
 def resolve_settings(cls: type, flags: dict, environ: dict, config_file: str | None, earlier=()) -> object:
@@ -1110,16 +1665,12 @@ def write_whole(path: str, data: bytes) -> None:
 
 
 class LockedFile:
-    """A file that this process has locked for writing.  Made by `AppendFile.locked`."""
+    """A file that this process has locked for writing.  Made by `AppendFile.locked`.  size: in bytes."""
 
     def __init__(self, descriptor, path):
         self.descriptor = descriptor
+        self.size = os.fstat(descriptor).st_size
         self._path = path
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return os.fstat(self.descriptor).st_size
 
     def append(self, line: bytes) -> int:
         """Add one line, newline included; return the offset it starts at.  Raises StorageError, nothing added."""
@@ -1129,9 +1680,10 @@ class LockedFile:
         except OSError as error:
             raise StorageError("cannot write %s: %s" % (self._path, error.strerror)) from error
         if written < len(line):
-            if self.size == before + written:
+            if os.fstat(self.descriptor).st_size == before + written:
                 os.ftruncate(self.descriptor, before)
             raise StorageError("cannot write %s: no space left for %d bytes" % (self._path, len(line)))
+        self.size += written
         return before
 
 
@@ -1150,14 +1702,15 @@ class DataPaths:
         return cls(
             data_dir,
             os.path.abspath(settings.log_file or os.path.join(data_dir, LOG_FILE_NAME)),
-            os.path.join(data_dir, TRAJ_FILE_NAME),
+            os.path.abspath(settings.recording_file or os.path.join(data_dir, TRAJ_FILE_NAME)),
             os.path.join(os.path.abspath(settings.logging_path or data_dir), settings.logging_file_name),
         )
 
     def make_directories(self) -> None:
         """Make those that do not exist.  Raises OSError."""
-        for path in (self.data_dir, os.path.dirname(self.log_file), os.path.dirname(self.logging_file)):
-            os.makedirs(path, exist_ok=True)
+        os.makedirs(self.data_dir, exist_ok=True)
+        for path in (self.log_file, self.traj_file, self.logging_file):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
 
     def set_earlier_aside(self, keeps_trajectory: bool, logger) -> None:
         """Give the files of an earlier session a dated name.  Raises StorageError."""
@@ -1533,12 +2086,12 @@ class RequestWaiter:
 class CallRecord:
     """One call, as it is written down.
 
-    request, response: JSON texts, response None where the call got no answer.  model: as asked for, where that is a
-    text.  status: of HTTP, 499 where the client hung up.  error: what went wrong, or None.  start_time: seconds since
-    the epoch.  response_time: seconds.  index: the turn.
+    request, response: JSON texts, None where there was none.  model: as asked for, where that is a text.  status: of
+    HTTP, 499 where the client hung up.  error: what went wrong, or None.  start_time: seconds since the epoch.
+    response_time: seconds.  index: the turn, of the local type.  more: further fields, as the proxy has.
     """
 
-    request: str
+    request: str | None
     response: str | None
     model: str | None
     stream: bool
@@ -1546,22 +2099,38 @@ class CallRecord:
     error: str | None
     start_time: float
     response_time: float
-    index: int
+    index: int | None = None
+    more: dict = field(default_factory=dict)
 
     def line(self) -> bytes:
         """As a line of JSON.  `status` and `index` end it, where `recorded_turns` finds them without parsing."""
         rest = {
             "model": self.model,
             "stream": self.stream,
+            **self.more,
             "error": self.error,
             "start_time": self.start_time,
             "end_time": round(self.start_time + self.response_time, 6),
             "response_time": round(self.response_time, 6),
             "status": self.status,
-            "index": self.index,
         }
-        texts = '{"request":%s,"response":%s,' % (self.request, self.response or "null")
+        if self.index is not None:
+            rest["index"] = self.index
+        texts = '{"request":%s,"response":%s,' % (self.request or "null", self.response or "null")
         return (texts + dump_json(rest)[1:] + "\n").encode("utf-8")
+
+
+def recorded_status(record: dict) -> int:
+    """The HTTP status of a trajectory's record, of ROCK's kind too.  Raises ValueError."""
+    status, error = record.get("status"), record.get("error")
+    if type(status) is int and 100 <= status < 600:
+        return status
+    if status in (None, "success", "failure"):
+        named = re.match(r"upstream_status=([45][0-9][0-9])\Z", str(error))
+        if named:
+            return int(named.group(1))
+        return 200 if status == "success" or not (status or error) else 502
+    raise ValueError("status must be a number from 100 to 599, got %s" % dump_json(status))
 
 
 _TRAJ_LINE_END = re.compile(rb'"error":null,[^{}]*"end_time":([0-9.]+),[^{}]*"status":([0-9]+),"index":([0-9]+)\}\n\Z')
@@ -1614,7 +2183,7 @@ def _answers_signal(pid):
 
 def stopped_state(state: dict) -> dict:
     """What remains of a service's state when it stops: what --resume and anti-call-llm go on with."""
-    return {key: state[key] for key in ("host", "port", "has_api_key", "log_file", "watched") if key in state}
+    return {key: state[key] for key in ("type", "host", "port", "has_api_key", "log_file", "watched") if key in state}
 
 
 def watched_by(state: dict) -> dict:
@@ -1739,17 +2308,19 @@ class Reply:
     """What a route's handler returns.
 
     body: the whole body, or `pieces`: an iterator of bytes, each sent as it comes.  An exception out of `pieces` breaks
-    the connection, so that a client never takes a part for the whole.  done: called once, with whether all was sent.
-    note: words for the request's log line.
+    the connection, so that a client never takes a part for the whole.  length: of all pieces, where it is known.
+    content_type: None where `headers` has it.  Framing fields among the headers are those of a body which is not
+    sent, as after HEAD.  done: called once, with whether all was sent.  note: () -> words for the request's log line.
     """
 
     status: int = 200
     body: bytes = b""
-    content_type: str = "application/json"
+    content_type: str | None = "application/json"
     headers: tuple = ()
     pieces: object = None
+    length: int | None = None
     done: object = None
-    note: str = ""
+    note: object = str
 
 
 def json_reply(value: object, status: int = 200) -> Reply:
@@ -1762,13 +2333,23 @@ def error_reply(error: ApiError) -> Reply:
     return Reply(error.status, error.body() + b"\n", headers=error.headers)
 
 
+def models_reply(names: object) -> Reply:
+    """The answer of /v1/models."""
+    return json_reply({"object": "list", "data": [model_object(name) for name in names]})
+
+
+def model_object(name: str) -> dict:
+    """A model, as OpenAI describes it."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "rock-model-service"}
+
+
 @dataclass(frozen=True)
 class Request:
     """What a route's handler is given.
 
     name: what stood for `{name}` in the route's path.  watch_hangup: call it with a function, once, and that function
     is called from another thread when the client hangs up before the reply is done.  is_client_gone: () -> whether it
-    has.
+    has.  sock: the client's socket, to be looked at only.
     """
 
     head: RequestHead
@@ -1776,6 +2357,7 @@ class Request:
     name: str
     watch_hangup: object
     is_client_gone: object
+    sock: object
 
     def json(self) -> tuple[str, dict]:
         """The body as one line of JSON text, and its value.  Raises ApiError 400 or 415."""
@@ -1790,7 +2372,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Route:
-    """A method and path, and who answers.  path may end in "/{name}".  is_open: answered without the API key."""
+    """A method and path, and who answers.
+
+    method: "*" for any other.  path may end in "/{name}".  is_open: answered without the API key.
+    """
 
     method: str
     path: str
@@ -1810,13 +2395,15 @@ class Router:
 
     def find(self, method: str, path: str) -> tuple[Route, str]:
         """The route, and what stands for its {name}.  HEAD goes where GET does.  Raises ApiError 404, 405."""
+        path = path.rstrip("/") or "/"
         methods, name = self._exact.get(path), ""
         if methods is None:
             prefix = next((prefix for prefix in self._named if path.startswith(prefix)), None)
             if prefix is None:
-                raise ApiError(404, "there is no %s here; there are %s" % (path, ", ".join(self._exact)))
+                known = list(self._exact) + [prefix + "..." for prefix in self._named]
+                raise ApiError(404, "there is no %s here; there are %s" % (path, ", ".join(known)))
             methods, name = self._named[prefix], path[len(prefix) :]
-        route = methods.get("GET" if method == "HEAD" else method)
+        route = methods.get(method) or methods.get("GET" if method == "HEAD" else "*") or methods.get("*")
         if route is None:
             allowed = ", ".join(sorted(methods) + (["HEAD"] if "GET" in methods else []))
             message = "%s is not allowed on %s; allowed: %s" % (method, path, allowed)
@@ -1911,19 +2498,23 @@ class HangupWatcher:
 
 def _peek(sock):
     """True: the other side closed.  False: it sent more.  None: neither."""
-    import select
     import socket
 
     try:
-        poll = select.poll()
-        poll.register(sock, select.POLLIN)
-        if not poll.poll(0):
-            return None
-        return not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        return not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) if _is_readable(sock) else None
     except BlockingIOError:
         return None
     except (OSError, ValueError):
         return True
+
+
+def _is_readable(sock):
+    """Whether something has come: bytes, the end, an error."""
+    import select
+
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _has_hung_up(sock):
@@ -1933,11 +2524,17 @@ def _has_hung_up(sock):
 class Connection:
     """A client's socket, read and written within bounds.  Used by one thread."""
 
+    _READABLE, _WRITABLE = 1, 4  # POLLIN and POLLOUT
+
     def __init__(self, sock: object, max_body_bytes: int, clock=time.monotonic):
+        import select
+
+        sock.setblocking(False)
         self.sock = sock
         self._max_body_bytes = max_body_bytes
         self._clock = clock
         self._buffer = bytearray()
+        self._poll = select.poll()
 
     def read_head(self) -> RequestHead | None:
         """The next request's header; None where the client closed, or was idle for too long.
@@ -1972,85 +2569,62 @@ class Connection:
             raise ProtocolError(413, "the request body is larger than %d bytes" % self._max_body_bytes)
         if head.expects_continue and not self._buffer:
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        began = self._clock()
-        if head.is_chunked:
-            return self._read_chunks(began)
-        return self._take(head.content_length, began, head.content_length)
-
-    def _read_chunks(self, began):
-        body = bytearray()
+        began, body = self._clock(), bytearray()
+        decoder = body_decoder(head.content_length, head.is_chunked)
+        data = bytes(self._buffer)
+        self._buffer.clear()
         while True:
-            size = parse_chunk_size(self._take_line(MAX_CHUNK_LINE_BYTES, began, len(body)))
-            if len(body) + size > self._max_body_bytes:
+            body += decoder.feed(data)
+            if len(body) + decoder.left > self._max_body_bytes:
                 raise ProtocolError(413, "the request body is larger than %d bytes" % self._max_body_bytes)
-            if size == 0:
-                break
-            body += self._take(size, began, len(body) + size)
-            if self._take(2, began, len(body)) != b"\r\n":
-                raise ProtocolError(400, "a chunk of the body is not as long as it says")
-        trailers = 0
-        while True:
-            line = self._take_line(MAX_HEAD_BYTES, began, len(body))
-            trailers += len(line)
-            if not line:
+            if decoder.is_done:
+                self._buffer += decoder.rest
                 return bytes(body)
-            if trailers > MAX_HEAD_BYTES:
-                raise ProtocolError(431, "the trailer section is longer than %d bytes" % MAX_HEAD_BYTES)
-            _parse_field(line)
-
-    def _take(self, size, began, expected):
-        while len(self._buffer) < size:
-            self._receive_body(began, expected)
-        taken = bytes(memoryview(self._buffer)[:size])
-        del self._buffer[:size]
-        return taken
-
-    def _take_line(self, limit, began, expected):
-        while True:
-            end = self._buffer.find(b"\n", 0, limit)
-            if end >= 0:
-                break
-            if len(self._buffer) >= limit:
-                raise ProtocolError(400, "a line between the chunks of the body is longer than %d bytes" % limit)
-            self._receive_body(began, expected)
-        line = self._take(end + 1, began, expected)
-        if not line.endswith(b"\r\n"):
-            raise ProtocolError(400, "a line between the chunks of the body does not end in CRLF")
-        return line[:-2]
-
-    def _receive_body(self, began, expected):
-        allowed = BODY_GRACE_SECONDS + expected / BODY_BYTES_PER_SECOND
-        if not self._receive(began + allowed):
-            raise ProtocolError(400, "the connection was closed in the middle of a request body")
+            expected = max(len(body), head.content_length or 0)
+            if not self._receive(began + BODY_GRACE_SECONDS + expected / BODY_BYTES_PER_SECOND):
+                raise ProtocolError(400, "the connection was closed in the middle of a request body")
+            data = bytes(self._buffer)
+            self._buffer.clear()
 
     def _receive(self, deadline, idle=False):
         """Read what there is into the buffer; False at the end of what the client sends."""
-        left = deadline - self._clock()
-        if left > 0:
+        while True:
             try:
-                self.sock.settimeout(left)
                 data = self.sock.recv(SEND_PIECE_BYTES)
                 self._buffer += data
                 return bool(data)
+            except BlockingIOError:
+                pass
             except OSError as error:
-                if not _is_timeout(error):
-                    raise ClientGone from error
-        if idle:
-            return False
-        raise ProtocolError(408, "the request came too slowly")
+                raise ClientGone from error
+            if not self._wait(self._READABLE, deadline):
+                if idle:
+                    return False
+                raise ProtocolError(408, "the request came too slowly")
 
     def write(self, data: bytes) -> None:
-        """Send all of it.  Raises ClientGone."""
-        try:
-            self.sock.settimeout(SEND_SECONDS)
-            if len(data) <= SEND_PIECE_BYTES:
-                self.sock.sendall(data)
-                return
-            view = memoryview(data)
-            for start in range(0, len(data), SEND_PIECE_BYTES):
-                self.sock.sendall(view[start : start + SEND_PIECE_BYTES])
-        except OSError as error:
-            raise ClientGone from error
+        """Send all of it.  Raises ClientGone, also where the client does not take a piece within SEND_SECONDS."""
+        view = memoryview(data)
+        for start in range(0, len(view), SEND_PIECE_BYTES):
+            self._write_piece(view[start : start + SEND_PIECE_BYTES])
+
+    def _write_piece(self, piece):
+        deadline = None
+        while piece:
+            try:
+                piece = piece[self.sock.send(piece) :]
+            except BlockingIOError:
+                deadline = deadline or self._clock() + SEND_SECONDS
+                if not self._wait(self._WRITABLE, deadline):
+                    raise ClientGone from None
+            except OSError as error:
+                raise ClientGone from error
+
+    def _wait(self, event, deadline):
+        """Wait until the socket is ready; False where the deadline came first."""
+        left = deadline - self._clock()
+        self._poll.register(self.sock, event)
+        return left > 0 and bool(self._poll.poll(left * 1000))
 
     def linger(self) -> None:
         """After an early refusal: take what the client still sends, for a moment, so that it can read the refusal."""
@@ -2059,10 +2633,8 @@ class Connection:
         deadline = self._clock() + LINGER_SECONDS
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
-            while deadline > self._clock():
-                self.sock.settimeout(max(0.001, deadline - self._clock()))
-                if not self.sock.recv(SEND_PIECE_BYTES):
-                    return
+            while self._wait(self._READABLE, deadline) and self.sock.recv(SEND_PIECE_BYTES):
+                pass
 
 
 def _is_timeout(error):
@@ -2080,6 +2652,7 @@ class Exchange:
         self._client = client
         self._head = None
         self._route = None
+        self._is_watched = False
         self._has_unread = True  # there may be bytes of this request that we do not mean to read
         self._began = time.monotonic()
 
@@ -2093,7 +2666,8 @@ class Exchange:
                 self._write_down(499, 0, "client hung up")
             raise
         finally:
-            self._service.hangups.unwatch(self._connection.sock)
+            if self._is_watched:
+                self._service.hangups.unwatch(self._connection.sock)
 
     def _reply(self):
         """What to answer; None where no request came."""
@@ -2126,47 +2700,63 @@ class Exchange:
         body = self._connection.read_body(head)
         self._has_unread = False
         sock = self._connection.sock
-        watch_hangup = functools.partial(service.hangups.watch, sock)
-        return self._route.handler(Request(head, body, name, watch_hangup, functools.partial(_has_hung_up, sock)))
+        watch_hangup = self._watch_hangup
+        return self._route.handler(Request(head, body, name, watch_hangup, functools.partial(_has_hung_up, sock), sock))
+
+    def _watch_hangup(self, callback):
+        self._is_watched = True
+        self._service.hangups.watch(self._connection.sock, callback)
 
     def _send(self, reply):
         keep_alive = bool(self._head and self._head.keep_alive) and not self._has_unread
         keep_alive = keep_alive and not self._service.stopping.is_set()
-        is_sent, size = False, len(reply.body)
+        status, size, is_sent = 499, len(reply.body), False
         try:
             size = self._write(reply, keep_alive)
-            is_sent = True
+            status, is_sent = reply.status, True
         except ClientGone:
             pass
+        except ReplyBroken as error:
+            status = 502
+            self._service.logger.warning("the reply to %s broke off: %s", self._name(), error)
         except Exception:
+            status = 500
             self._service.logger.exception("the reply to %s broke off", self._name())
-        finally:
-            if reply.done:
-                reply.done(is_sent)
-            self._write_down(reply.status if is_sent else 499, size, reply.note)
+        if reply.done:
+            reply.done(is_sent)
+        self._write_down(status, size, reply.note())
         if self._has_unread:
             self._connection.linger()
         return keep_alive and is_sent
 
     def _write(self, reply, keep_alive):
         """Send the whole reply; how many bytes its body had."""
-        from email.utils import formatdate
-
-        is_head = self._head is not None and self._head.method == "HEAD"
-        headers = [("Date", formatdate(usegmt=True)), ("Content-Type", reply.content_type), *reply.headers]
-        if not keep_alive:
-            headers.append(("Connection", "close"))
+        headers = self._headers(reply, keep_alive)
         if reply.pieces is None:
-            headers.append(("Content-Length", len(reply.body)))
+            is_head = self._head is not None and self._head.method == "HEAD"
             self._connection.write(response_head(reply.status, headers) + (b"" if is_head else reply.body))
             return len(reply.body)
         return self._write_pieces(reply, headers)
 
+    def _headers(self, reply, keep_alive):
+        headers = [] if reply.content_type is None else [("Content-Type", reply.content_type)]
+        headers += reply.headers
+        given = {name.lower() for name, _ in reply.headers}
+        is_framed = "content-length" in given or "transfer-encoding" in given
+        if "date" not in given:
+            headers.append(("Date", _http_date(int(time.time()))))
+        if not keep_alive:
+            headers.append(("Connection", "close"))
+        if reply.pieces is not None and reply.length is None:
+            if not self._head.is_http10:
+                headers.append(("Transfer-Encoding", "chunked"))
+        elif not is_framed and reply.status not in (204, 304):
+            headers.append(("Content-Length", len(reply.body) if reply.pieces is None else reply.length))
+        return headers
+
     def _write_pieces(self, reply, headers):
         write, size = self._connection.write, 0
-        is_chunked = not self._head.is_http10
-        if is_chunked:
-            headers.append(("Transfer-Encoding", "chunked"))
+        is_chunked = reply.length is None and not self._head.is_http10
         with contextlib.closing(reply.pieces) as pieces:
             write(response_head(reply.status, headers))
             for piece in pieces:
@@ -2181,10 +2771,18 @@ class Exchange:
 
     def _write_down(self, status, size, note):
         seconds = time.monotonic() - self._began
-        method, route = (self._head.method, self._route.path) if self._route else ("other", "none")
+        method = self._head.method if self._head and self._head.method in KNOWN_METHODS else "other"
+        route = self._route.path if self._route else "none"
         self._service.metrics.count(method, route, status, seconds)
         line = "%s %s %d %.1fms %dB %s"
         self._service.logger.info(line, self._client, self._name(), status, seconds * 1000, size, note)
+
+
+@functools.lru_cache(maxsize=2)
+def _http_date(now):
+    from email.utils import formatdate
+
+    return formatdate(now, usegmt=True)
 
 
 class HTTPService:
@@ -2638,6 +3236,8 @@ def _digest(text):
 class AgentWatch:
     """Ends the session when the last of the watched processes has gone.  One thread, begun with the first process.
 
+    session: has `end()` and `has_ended`, as a LocalSession.
+
     on_change: called with what is watched, pid -> identity, whenever that changes; what it raises reaches `watch`.
     """
 
@@ -2664,6 +3264,21 @@ class AgentWatch:
             if self._thread is None and self._watched:
                 self._thread = threading.Thread(target=self._run, name="rock-watch", daemon=True)
                 self._thread.start()
+
+    def route(self) -> Route:
+        """The endpoint that takes `{"pid": n}`, the number of a process to watch."""
+        return Route("POST", "/v1/agent/watch", self._on_request)
+
+    def _on_request(self, request):
+        pid = request.json()[1].get("pid")
+        if type(pid) is not int or not 0 < pid < 2**31:
+            raise ApiError(400, "pid must be a process number, got %s" % dump_json(pid), param="pid")
+        if self._session.has_ended:
+            raise ApiError(410, "the session has ended already: stop, and start a new one", code="session_ended")
+        if pid == os.getpid():
+            raise ApiError(400, "%d is the model service itself, not an agent" % pid, param="pid")
+        is_alive = self.watch(pid)
+        return json_reply({"status": "watching" if is_alive else "gone", "pid": pid})
 
     def stop(self) -> None:
         """End the thread."""
@@ -2762,8 +3377,8 @@ class LocalCall:
     def _prompt_reply(self):
         answer = self._answer
         if self._is_stream and answer.status < 400:
-            return Reply(200, self._stream_body(), SSE_TYPE, SSE_HEADERS, done=self._close, note=self._note())
-        return Reply(answer.status, answer.body, headers=answer.headers, done=self._close, note=self._note())
+            return Reply(200, self._stream_body(), SSE_TYPE, SSE_HEADERS, done=self._close, note=self._note)
+        return Reply(answer.status, answer.body, headers=answer.headers, done=self._close, note=self._note)
 
     def _patient_reply(self):
         def pieces():
@@ -2773,7 +3388,7 @@ class LocalCall:
             yield self._stream_body() if self._is_stream else self._answer.body
 
         kind = (SSE_TYPE, SSE_HEADERS) if self._is_stream else ("application/json", ())
-        return Reply(200, b"", *kind, pieces=pieces(), done=self._close, note=self._note())
+        return Reply(200, b"", *kind, pieces=pieces(), done=self._close, note=self._note)
 
     def _note(self):
         return "index=%d" % self._call.turn.index
@@ -2789,8 +3404,8 @@ class LocalCall:
 
         Raises ClientGone.
         """
-        limit = self._service.settings.request_timeout
-        deadline = float("inf") if limit is None else self._began + limit
+        limit = self._service.settings.wait_limit
+        deadline = self._began + limit
         silent_until = time.monotonic() + self._service.settings.heartbeat_seconds
         while not self._answer:
             now = time.monotonic()
@@ -2883,17 +3498,16 @@ class LocalCall:
 class LocalService:
     """The endpoints of the local type.
 
-    session: a LocalSession.  watch: an AgentWatch.  trajectory: an AppendFile.  settings: ServiceSettings.  logger: as
+    session: a LocalSession.  trajectory: an AppendFile.  settings: ServiceSettings.  logger: as
     from `logging`.  clock: seconds since the epoch.
     """
 
-    def __init__(self, session, watch, trajectory, settings, logger, clock=time.time):
+    def __init__(self, session, trajectory, settings, logger, clock=time.time):
         self.session = session
         self.trajectory = trajectory
         self.settings = settings
         self.logger = logger
         self.clock = clock
-        self._watch = watch
         self._models = {"default": None}  # names as keys, oldest first; only ever added to
 
     def routes(self) -> list:
@@ -2902,7 +3516,6 @@ class LocalService:
             Route("POST", "/v1/chat/completions", self.chat_completions),
             Route("GET", "/v1/models", self.list_models),
             Route("GET", "/v1/models/{name}", self.get_model),
-            Route("POST", "/v1/agent/watch", self.watch_agent),
         ]
 
     def chat_completions(self, request: Request) -> Reply:
@@ -2914,29 +3527,13 @@ class LocalService:
 
     def list_models(self, request: Request) -> Reply:
         """`default`, ROCK's word for any model, and the models that were asked for so far."""
-        return json_reply({"object": "list", "data": [self._model(name) for name in list(self._models)]})
+        return models_reply(list(self._models))
 
     def get_model(self, request: Request) -> Reply:
         """Any model there is a word for: the trainer answers for all of them."""
         from urllib.parse import unquote
 
-        return json_reply(self._model(unquote(request.name)))
-
-    @staticmethod
-    def _model(name):
-        return {"id": name, "object": "model", "created": 0, "owned_by": "rock-model-service"}
-
-    def watch_agent(self, request: Request) -> Reply:
-        """Watch the process `{"pid": n}`."""
-        pid = request.json()[1].get("pid")
-        if type(pid) is not int or not 0 < pid < 2**31:
-            raise ApiError(400, "pid must be a process number, got %s" % dump_json(pid), param="pid")
-        if self.session.has_ended:
-            raise ApiError(410, "the session has ended already: stop, and start a new one", code="session_ended")
-        if pid == os.getpid():
-            raise ApiError(400, "%d is the model service itself, not an agent" % pid, param="pid")
-        is_alive = self._watch.watch(pid)
-        return json_reply({"status": "watching" if is_alive else "gone", "pid": pid})
+        return json_reply(model_object(unquote(request.name)))
 
 
 class LocalServer:
@@ -2957,10 +3554,11 @@ class LocalServer:
         was_killed = "pid" in (earlier or {})
         self.session = LocalSession(log, settings.polling_interval_seconds, logger, recorded, was_killed)
         self._watch = AgentWatch(self.session, logger, on_watch)
-        service = LocalService(self.session, self._watch, trajectory, settings, logger)
+        service = LocalService(self.session, trajectory, settings, logger)
+        routes = service.routes() + [self._watch.route()]
         host, port, key = settings.host, settings.port, settings.api_key
         gauges, limit = self.session.gauges, settings.max_body_bytes
-        self.http = HTTPService(host, port, service.routes(), logger, settings.type, gauges, key, limit)
+        self.http = HTTPService(host, port, routes, logger, settings.type, gauges, key, limit)
         try:
             if not is_resumed:
                 paths.set_earlier_aside(settings.traj_append_mode, logger)
@@ -2981,6 +3579,1550 @@ class LocalServer:
         self.session.stop()
         self.http.stop()
         self._watch.stop()
+
+
+# ======================================================================================================================
+# Upstreams: the client side of HTTP, for a proxy. Connections are made, kept and waited for with one eye on the client,
+# whose hang-up ends every wait. The standard library's client takes no part in this: it cannot wait for two sockets, it
+# reads a chunk at a time, and it hides the bytes that a proxy has to pass on.
+# ======================================================================================================================
+
+
+class UpstreamError(ReplyBroken):
+    """The upstream did not answer as it should.
+
+    status: what the client is told, 502, or 504 for silence.  is_stale: it closed before the first byte of an answer,
+    as a connection does that was kept for too long.  is_final: another attempt would meet the same.
+    """
+
+    def __init__(self, message, status=502, is_stale=False, is_final=False):
+        super().__init__(message)
+        self.status = status
+        self.is_stale = is_stale
+        self.is_final = is_final
+
+
+class ClientWatch:
+    """Waits for an upstream, or for time to pass, and raises ClientGone when the client hangs up.  For one thread.
+
+    client: its socket.  clock: in seconds.
+    """
+
+    def __init__(self, client: object, clock=time.monotonic):
+        import select
+
+        self.clock = clock
+        self._client = client
+        self._poll = select.poll()
+        self._poll.register(client, select.POLLIN)
+
+    def wait(self, sock: object, event: int, deadline: float) -> bool:
+        """Wait until `sock` is ready for `event`; False where the deadline, by the clock, came first."""
+        descriptor = sock.fileno()
+        self._poll.register(descriptor, event)
+        try:
+            while True:
+                left = deadline - self.clock()
+                if left <= 0:
+                    return False
+                ready = [number for number, _ in self._poll.poll(min(left, IDLE_SECONDS) * 1000 + 1)]
+                if descriptor in ready:
+                    return True
+                if ready:
+                    self._look_at_client()
+        finally:
+            self._poll.unregister(descriptor)
+
+    def _look_at_client(self):
+        is_gone = _peek(self._client)
+        if is_gone:
+            raise ClientGone
+        if is_gone is False:  # it sends its next request already: nothing more can be seen
+            self._poll.unregister(self._client)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a connection leads to."""
+
+    scheme: str
+    host: str
+    port: int
+
+    @property
+    def authority(self) -> str:
+        """As it stands in a Host field."""
+        host = "[%s]" % self.host if ":" in self.host else self.host
+        is_default = self.port == (443 if self.scheme == "https" else 80)
+        return host if is_default else "%s:%d" % (host, self.port)
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """A base URL: its origin, and the path that takes the place of `/v1`."""
+
+    origin: Origin
+    path: str
+
+    @classmethod
+    def of(cls, url: str) -> Upstream:
+        """The upstream of a URL that the settings have checked."""
+        from urllib.parse import urlsplit
+
+        parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        return cls(Origin(parts.scheme, parts.hostname, port), parts.path.rstrip("/"))
+
+
+@dataclass(frozen=True)
+class HTTPProxy:
+    """A proxy of HTTP_PROXY or HTTPS_PROXY.  authorization: the value of its Proxy-Authorization field, or None."""
+
+    origin: Origin
+    authorization: str | None = field(default=None, repr=False)
+
+
+def http_proxies(environ: dict) -> dict:
+    """The proxies that the environment names, by scheme (`all` for both).  Raises UsageError."""
+    if not any(name.lower().endswith("_proxy") for name in environ):
+        return {}
+    from urllib.request import getproxies_environment
+
+    found = getproxies_environment()
+    return {scheme: _parse_http_proxy(scheme, found[scheme]) for scheme in ("http", "https", "all") if scheme in found}
+
+
+def _parse_http_proxy(scheme, url):
+    from base64 import b64encode
+    from urllib.parse import unquote, urlsplit
+
+    name = "%s_PROXY" % scheme.upper()
+    try:
+        parts = urlsplit(url if "://" in url else "http://" + url)
+        port = parts.port
+    except ValueError:
+        raise UsageError("%s is not a URL, as http://proxy:3128" % name) from None
+    if parts.scheme != "http" or not parts.hostname:
+        raise UsageError("%s must be an http URL, as http://proxy:3128; other kinds are not understood" % name)
+    authorization = None
+    if parts.username is not None:
+        login = "%s:%s" % (unquote(parts.username), unquote(parts.password or ""))
+        authorization = "Basic " + b64encode(login.encode("utf-8")).decode()
+    return HTTPProxy(Origin("http", parts.hostname, port or 80), authorization)
+
+
+class UpstreamConnection:
+    """A socket to an upstream, not blocking.  Used by one thread at a time."""
+
+    def __init__(self, sock: object, origin: Origin):
+        self.sock = sock
+        self.origin = origin
+        self.idle_since = 0.0
+
+    def send(self, data: bytes, watch: ClientWatch, deadline: float) -> bool:
+        """Send all of it; False where the upstream takes no more, and may have said why.  Raises UpstreamError."""
+        import select
+
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self.sock.send(view[:SEND_PIECE_BYTES]) :]
+            except OSError as error:
+                event = _awaited(error, select.POLLOUT)
+                if event is None:
+                    return False
+                self._wait(event, watch, deadline)
+        return True
+
+    def receive(self, watch: ClientWatch, deadline: float) -> bytes | None:
+        """What has come; b"" where the upstream has closed, None where nothing came.  Raises UpstreamError."""
+        import select
+
+        while True:
+            try:
+                return self.sock.recv(SEND_PIECE_BYTES)
+            except OSError as error:
+                event = _awaited(error, select.POLLIN)
+                if event is None:
+                    reason = error.strerror or error
+                    raise UpstreamError("the upstream broke the connection: %s" % reason, is_stale=True) from None
+                if not watch.wait(self.sock, event, deadline):
+                    return None
+
+    def read_head(self, is_head: bool, watch: ClientWatch, deadline: float) -> tuple[ResponseHead, bytes]:
+        """The next response's header, and what came behind it.  Raises UpstreamError, is_stale where nothing came."""
+        buffer = bytearray()
+        while True:
+            end = buffer.find(b"\r\n\r\n")
+            if end > MAX_HEAD_BYTES or (end < 0 and len(buffer) > MAX_HEAD_BYTES):
+                raise UpstreamError("the upstream's response header is longer than %d bytes" % MAX_HEAD_BYTES)
+            if end >= 0:
+                head, buffer = _response_head_of(bytes(buffer[:end]), is_head), buffer[end + 4 :]
+                if head.status >= 200:
+                    return head, bytes(buffer)
+                continue
+            try:
+                data = self.receive(watch, deadline)
+            except UpstreamError as error:
+                error.is_stale = error.is_stale and not buffer
+                raise
+            if data is None:
+                raise _silent()
+            if not data:
+                raise UpstreamError("the upstream closed the connection without an answer", is_stale=not buffer)
+            buffer += data
+
+    def shake_hands(self, context: object, watch: ClientWatch, deadline: float) -> None:
+        """Begin TLS.  Raises UpstreamError."""
+        import select
+        import ssl
+
+        try:
+            self.sock = context.wrap_socket(self.sock, server_hostname=self.origin.host, do_handshake_on_connect=False)
+        except (OSError, ValueError) as error:
+            raise UpstreamError("no TLS with %s: %s" % (self.origin.host, error)) from None
+        while True:
+            try:
+                return self.sock.do_handshake()
+            except OSError as error:
+                event = _awaited(error, select.POLLIN)
+                if event is None:
+                    reason = getattr(error, "verify_message", None) or error.strerror or error
+                    is_final = isinstance(error, ssl.CertificateError)
+                    message = "no TLS with %s: %s" % (self.origin.host, reason)
+                    raise UpstreamError(message, is_final=is_final) from None
+                self._wait(event, watch, deadline)
+
+    def _wait(self, event, watch, deadline):
+        if not watch.wait(self.sock, event, deadline):
+            raise _silent()
+
+    def is_open(self) -> bool:
+        """Whether an idle connection can be used: nothing has come, not even its end."""
+        return not _is_readable(self.sock)
+
+    def close(self) -> None:
+        """End the connection.  Harmless a second time."""
+        self.sock.close()
+
+
+def _silent():
+    return UpstreamError("the upstream was silent for too long", 504)
+
+
+def _awaited(error, event):
+    """The poll event that a socket which does not block waits for; None where the error is one."""
+    import select
+
+    if isinstance(error, BlockingIOError):
+        return event
+    return {"SSLWantReadError": select.POLLIN, "SSLWantWriteError": select.POLLOUT}.get(type(error).__name__)
+
+
+def _response_head_of(head, is_head):
+    try:
+        parsed = parse_response_head(head, is_head)
+    except ProtocolError as error:
+        raise UpstreamError("the upstream's answer cannot be read: %s" % error) from None
+    if parsed.status == 101:
+        raise UpstreamError("the upstream switched to another protocol, unasked")
+    return parsed
+
+
+class UpstreamResponse:
+    """A response that is coming.  Its connection goes back to the pool, or is closed, when the body has ended."""
+
+    def __init__(self, connection, head: ResponseHead, rest: bytes, watch: ClientWatch, silence: float, give_back):
+        self.head = head
+        self._connection = connection
+        self._decoder = body_decoder(head.content_length, head.is_chunked)
+        self._received = rest
+        self._watch = watch
+        self._silence = silence
+        self._give_back = give_back
+        if self._decoder.is_done:
+            self.read()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all of the body was read."""
+        return self._connection is None
+
+    def read(self, until: float = float("inf")) -> bytes | None:
+        """More of the body, as it came; b"" only at its end, None where nothing came until then, by the watch's clock.
+
+        Raises UpstreamError, ClientGone.
+        """
+        while self._connection:
+            data, self._received = self._received, b""
+            if not data and not self._decoder.is_done:
+                data = self._receive(until)
+                if data is None:
+                    return None
+            try:
+                body = self._decoder.feed(data)
+            except ProtocolError as error:
+                raise UpstreamError("the upstream's answer cannot be read: %s" % error) from None
+            if self._decoder.is_done:
+                self._finish()
+            if body:
+                return body
+        return b""
+
+    def _receive(self, until):
+        limit = self._watch.clock() + self._silence
+        data = self._connection.receive(self._watch, min(until, limit))
+        if data is None and until >= limit:
+            raise _silent()
+        if data == b"" and not self._decoder.end():
+            raise UpstreamError("the upstream broke off in the middle of its answer")
+        return data
+
+    def _finish(self):
+        connection, self._connection = self._connection, None
+        is_bounded = not isinstance(self._decoder, UnboundedBody)
+        if is_bounded and self.head.keep_alive and not self._decoder.rest:
+            self._give_back(connection)
+        else:
+            connection.close()
+
+    def close(self) -> None:
+        """Want no more of it.  Harmless a second time."""
+        connection, self._connection = self._connection, None
+        if connection:
+            connection.close()
+
+
+class UpstreamPool:
+    """Sends requests on connections that are kept open between them.
+
+    proxies: as from `http_proxies`.  A kept connection that turns out to be closed costs a silent reconnect.
+    """
+
+    def __init__(self, proxies: dict):
+        self._proxies = proxies
+        self._lock = threading.Lock()
+        self._idle = {}  # Origin -> [UpstreamConnection], the last used last
+        self._idle_count = 0
+        self._tls = None
+        self._is_closed = False
+
+    def idle_count(self) -> int:
+        """How many connections are kept."""
+        return self._idle_count
+
+    def send(self, upstream: Upstream, method, target, headers, body, watch: ClientWatch, timeout) -> UpstreamResponse:
+        """Send a request and wait for the header of its response.  Raises UpstreamError, ClientGone.
+
+        target: path and query.  headers: (name, value) pairs, without Host.  timeout: for each silence, in seconds.
+        """
+        origin = upstream.origin
+        proxy = self._proxy_for(origin)
+        if proxy and origin.scheme == "http":
+            target = "http://%s%s" % (origin.authority, target)
+            headers = headers + ([("Proxy-Authorization", proxy.authorization)] if proxy.authorization else [])
+        data = request_head(method, target, [("Host", origin.authority)] + headers) + body
+        deadline = watch.clock() + timeout
+        connection = self._take(origin)
+        if connection:
+            try:
+                return self._exchange(connection, data, method == "HEAD", watch, deadline, timeout)
+            except UpstreamError as error:
+                if not error.is_stale:
+                    raise
+        connection = self._connect(origin, proxy, watch, deadline)
+        return self._exchange(connection, data, method == "HEAD", watch, deadline, timeout)
+
+    def _exchange(self, connection, data, is_head, watch, deadline, timeout):
+        try:
+            is_sent = connection.send(data, watch, deadline)
+            head, rest = connection.read_head(is_head, watch, deadline)
+            head = head if is_sent else replace(head, keep_alive=False)
+            return UpstreamResponse(connection, head, rest, watch, timeout, self._give_back)
+        except BaseException:
+            connection.close()
+            raise
+
+    def _take(self, origin):
+        while True:
+            with self._lock:
+                kept = self._idle.get(origin)
+                if not kept:
+                    return None
+                connection = kept.pop()
+                self._idle_count -= 1
+            if connection.is_open():
+                return connection
+            connection.close()
+
+    def _give_back(self, connection):
+        now = time.monotonic()
+        connection.idle_since = now
+        with self._lock:
+            kept = self._idle.setdefault(connection.origin, [])
+            kept.append(connection)
+            old = [kept.pop(0)] if now - kept[0].idle_since > POOL_SECONDS or self._is_full() else []
+            self._idle_count += 1 - len(old)
+        for connection in old:
+            connection.close()
+
+    def _is_full(self):
+        return self._is_closed or self._idle_count >= MAX_IDLE_UPSTREAMS
+
+    def _proxy_for(self, origin):
+        proxy = self._proxies.get(origin.scheme) or self._proxies.get("all")
+        if proxy is None:
+            return None
+        from urllib.request import proxy_bypass_environment
+
+        return None if proxy_bypass_environment("%s:%d" % (origin.host, origin.port)) else proxy
+
+    def _connect(self, origin, proxy, watch, deadline):
+        sock = _connected_socket(proxy.origin if proxy else origin, watch, deadline)
+        connection = UpstreamConnection(sock, origin)
+        try:
+            if origin.scheme == "https":
+                if proxy:
+                    _open_tunnel(connection, proxy, watch, deadline)
+                connection.shake_hands(self._tls_context(), watch, deadline)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _tls_context(self):
+        import ssl
+
+        with self._lock:
+            if self._tls is None:
+                self._tls = ssl.create_default_context()
+                self._tls.set_alpn_protocols(["http/1.1"])
+            return self._tls
+
+    def close(self) -> None:
+        """Close all that are idle; those in use close when they are done."""
+        with self._lock:
+            self._is_closed = True
+            kept, self._idle = self._idle, {}
+        for connection in [connection for connections in kept.values() for connection in connections]:
+            connection.close()
+
+
+def _open_tunnel(connection, proxy, watch, deadline):
+    """Have an HTTP proxy connect us to the origin."""
+    origin = connection.origin
+    where = "%s:%d" % ("[%s]" % origin.host if ":" in origin.host else origin.host, origin.port)
+    headers = [("Host", where)] + ([("Proxy-Authorization", proxy.authorization)] if proxy.authorization else [])
+    connection.send(request_head("CONNECT", where, headers), watch, deadline)
+    head, rest = connection.read_head(True, watch, deadline)
+    if not 200 <= head.status < 300 or rest:
+        is_final = head.status in (403, 407)
+        raise UpstreamError("the HTTP proxy refused to connect to %s: %d" % (where, head.status), is_final=is_final)
+
+
+def _connected_socket(origin, watch, deadline):
+    """A socket that is connected to the origin, by the first of its addresses that answers.  Raises UpstreamError."""
+    import socket
+
+    try:
+        addresses = socket.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise UpstreamError("cannot resolve %s: %s" % (origin.host, getattr(error, "strerror", error))) from None
+    failure = None
+    for family, kind, protocol, _, address in addresses:
+        sock = None
+        try:
+            sock = socket.socket(family, kind, protocol)
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            _connect_socket(sock, address, watch, min(deadline, watch.clock() + CONNECT_SECONDS))
+            return sock
+        except BaseException as error:
+            if sock:
+                sock.close()
+            if not isinstance(error, OSError):
+                raise
+            failure = error
+    is_late = _is_timeout(failure)
+    reason = "no answer" if is_late else failure.strerror or failure
+    raise UpstreamError("cannot connect to %s: %s" % (origin.authority, reason), 504 if is_late else 502)
+
+
+def _connect_socket(sock, address, watch, deadline):
+    import select
+    import socket
+
+    number = sock.connect_ex(address)
+    if number == errno.EINPROGRESS:
+        if not watch.wait(sock, select.POLLOUT, deadline):
+            raise socket.timeout
+        number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if number:
+        raise OSError(number, os.strerror(number))
+
+
+# ======================================================================================================================
+# Proxy service: calls go on to a model's server, and are written down on the way back.
+#
+#   Bytes        Bodies pass as they are, in both directions; `request_overrides`, where set, rewrite a JSON request.
+#   Attempts     Until the client gets its first byte, an attempt that fails may be followed by another.  So a stream is
+#                held until it begins, and any other answer until it is whole, or HOLD_BYTES have come; but neither for
+#                longer than `heartbeat_seconds`.
+#   The record   is on disk before the client can see the end of its answer.  A call that ended early is written down
+#                with what had arrived: status 499 where the client hung up, 502 or 504 where the upstream broke off.
+# ======================================================================================================================
+
+_KEY_HEADERS = ("authorization", "x-api-key", "api-key", "x-goog-api-key")
+_SET_ANEW = frozenset(("host", "content-length", "expect", "accept-encoding", "via"))
+_STREAM_TYPE = re.compile(r"text/event-stream\b", re.IGNORECASE)
+_DOT_SEGMENT = re.compile(r"/(?:\.|%2e){1,2}(?:[/;]|%2f|%5c|\\|\Z)", re.IGNORECASE)
+_MODEL_LIST = re.compile(r"/v1/models(?:/|\Z)")
+
+
+def retry_after(headers: tuple, now: float) -> float | None:
+    """How many seconds an answer asks us to wait, by `retry-after-ms` or `Retry-After`; None where it does not."""
+    by_name = {name.lower(): value for name, value in headers}
+    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        if re.match(r"[0-9]{1,12}(\.[0-9]*)?\Z", by_name.get(name, "")):
+            return float(by_name[name]) / unit
+    from email.utils import mktime_tz, parsedate_tz
+
+    date = parsedate_tz(by_name.get("retry-after", ""))
+    return max(0.0, mktime_tz(date) - now) if date else None
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """Which answers are worth another attempt, and when.  delay_seconds: before the second one, doubled each time."""
+
+    max_attempts: int
+    delay_seconds: float
+    status_codes: tuple
+
+    def delay(self, attempt: int, headers: tuple, now: float, jitter: float) -> float | None:
+        """Seconds to wait after a failed attempt, the first being 1; None where there is to be no other.
+
+        headers: of the answer.  jitter: from 0 to 1; it makes the wait half to one and a half times as long, so that
+        sandboxes that failed together do not come back together.  What the answer asks for is waited for as it says;
+        one that asks for more than RETRY_AFTER_SECONDS is let through instead.
+        """
+        if attempt >= self.max_attempts:
+            return None
+        asked = retry_after(headers, now)
+        if asked is not None:
+            return asked if asked <= RETRY_AFTER_SECONDS else None
+        return self.delay_seconds * 2 ** (attempt - 1) * (0.5 + jitter)
+
+
+def base_url_of(settings: ServiceSettings, model: str | None) -> str:
+    """Where the calls of a model go.  Raises ApiError 400 that names it."""
+    if settings.proxy_base_url:
+        return settings.proxy_base_url
+    rules = settings.proxy_rules
+    url = rules.get(model) or rules.get("default")
+    if url is None:
+        known = ", ".join(sorted(rules)) or "none"
+        message = "there is no rule for the model %s, and no default; proxy_rules has %s" % (dump_json(model), known)
+        raise ApiError(400, message, code="model_not_found", param="model")
+    return url
+
+
+class ForwardedRequest:
+    """A client's request, as a proxy has to understand it.
+
+    value: its body where that is a JSON object, else None.  sent_body: what goes upstream.  overridden: the names of
+    the fields that `request_overrides` set.  secrets: the keys in its header.
+    """
+
+    def __init__(self, request: Request, overrides: dict):
+        self.head = request.head
+        self.value = None
+        self.sent_body = request.body
+        self.overridden = ()
+        self.secrets = [value.rpartition(" ")[2] for name, value in self.head.headers if name in _KEY_HEADERS]
+        self._check_path()
+        self._is_json = False
+        if self.head.header("content-encoding", "identity").lower() == "identity":
+            self._read_json()
+        if overrides and self.value is not None:
+            self.sent_body = dump_json({**self.value, **overrides}).encode("utf-8")
+            self.overridden = tuple(overrides)
+
+    def _check_path(self):
+        if _DOT_SEGMENT.search(self.head.path):
+            raise ApiError(400, "a path with '.' or '..' in it is not passed on")
+        if self.head.method in ("TRACE", "CONNECT"):
+            raise ApiError(405, "%s is not passed on" % self.head.method)
+
+    def _read_json(self):
+        if self.sent_body[:1] not in (b"{", b"[") and self.sent_body.lstrip()[:1] not in (b"{", b"["):
+            return
+        try:
+            value = parse_json(self.sent_body.decode("utf-8"))
+        except ValueError:
+            return
+        self._is_json = True
+        self.value = value if isinstance(value, dict) else None
+
+    @property
+    def model(self) -> str | None:
+        """The model asked for, where that is a text; also the one that a path names."""
+        model = self.value.get("model") if self.value else None
+        if model is None and self.head.path.startswith("/v1/models/"):
+            from urllib.parse import unquote
+
+            return unquote(self.head.path[len("/v1/models/") :])
+        return model if isinstance(model, str) else None
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether it asks for one."""
+        return bool(self.value and self.value.get("stream"))
+
+    @property
+    def target(self) -> str:
+        """The path behind `/v1`, and the query."""
+        return self.head.path[len("/v1") :] + ("?" + self.head.query if self.head.query else "")
+
+    def upstream_headers(self, settings: ServiceSettings, via: str) -> list:
+        """The header fields to send upstream, without Host."""
+        headers = [(name, value) for name, value in end_to_end(self.head.headers) if name not in _SET_ANEW]
+        if settings.upstream_api_key:
+            headers = _with_key(headers, settings.upstream_api_key)
+        elif settings.api_key:  # what stands there is the key to this service, and none of the upstream's business
+            headers = [(name, value) for name, value in headers if name != "authorization"]
+        # What is recorded has to be read: gzip is the one coding that every Python can undo.
+        headers.append(("accept-encoding", "gzip" if _accepts_gzip(self.head.headers) else "identity"))
+        if self.sent_body or self.head.method in ("POST", "PUT", "PATCH"):
+            headers.append(("content-length", len(self.sent_body)))
+        return headers + [("via", ", ".join(_values(self.head.headers, "via") + [via]))]
+
+    def text(self) -> tuple[str | None, dict]:
+        """The body sent upstream as JSON text on one line, None for none; and what says how to read it otherwise."""
+        if self._is_json:
+            return one_line(self.sent_body.decode("utf-8")), {}
+        text, kind = body_text(self.sent_body)
+        return text, {"request_format": kind} if kind else {}
+
+
+def _with_key(headers, key):
+    """The header fields with the upstream's key wherever the agent gave its own."""
+    with_key = {"authorization": "Bearer " + key}
+    replaced = [(name, with_key.get(name, key) if name in _KEY_HEADERS else value) for name, value in headers]
+    if not any(name in _KEY_HEADERS for name, _ in headers):
+        replaced.append(("authorization", "Bearer " + key))
+    return replaced
+
+
+def _accepts_gzip(headers):
+    codings = [re.sub(r"[ \t]", "", token) for token in _tokens(headers, "accept-encoding")]
+    return any(re.match(r"(?:x-)?gzip(?:;(?!q=0(?:\.0*)?\Z).*)?\Z", coding) for coding in codings)
+
+
+def one_line(text: str) -> str:
+    """A valid JSON text on one line, otherwise as it was written."""
+    return compact_json(text) if "\n" in text or "\r" in text else text
+
+
+def body_text(body: bytes) -> tuple[str | None, str | None]:
+    """A body that is no JSON, as the JSON text of a string, and what that holds: "text" or "base64"; None for none."""
+    if not body:
+        return None, None
+    try:
+        return dump_json(body.decode("utf-8")), "text"
+    except UnicodeDecodeError:
+        from base64 import b64encode
+
+        return dump_json(b64encode(body).decode()), "base64"
+
+
+class GzipBody:
+    """Undoes a body's gzip or deflate as it comes, to at most MAX_BODY_BYTES; what is broken ends it."""
+
+    def __init__(self):
+        import zlib
+
+        self._zlib = zlib
+        self._inflate = zlib.decompressobj(32 + zlib.MAX_WBITS)
+        self._left = MAX_BODY_BYTES
+        self.is_broken = False
+
+    def feed(self, data: bytes) -> bytes:
+        """What the bytes become."""
+        pieces = []
+        while data and not self.is_broken:
+            try:
+                piece = self._inflate.decompress(data, self._left + 1)
+            except self._zlib.error:
+                self.is_broken = True
+                break
+            pieces.append(piece)
+            self._left -= len(piece)
+            self.is_broken = self._left < 0
+            data = self._inflate.unused_data
+            if data:  # several gzip members make one body
+                self._inflate = self._zlib.decompressobj(32 + self._zlib.MAX_WBITS)
+        return b"".join(pieces)
+
+
+def _is_event_stream(head):
+    return bool(_STREAM_TYPE.match(head.header("content-type", "")))
+
+
+class RecordedAnswer:
+    """What is written down of an answer, gathered as it passes.
+
+    head: of the response.  is_completion: whether a stream of it holds a completion's chunks.
+    """
+
+    def __init__(self, head: ResponseHead, is_completion: bool):
+        coding = head.header("content-encoding", "identity").lower()
+        self._unzip = GzipBody() if coding in ("gzip", "x-gzip", "deflate") else None
+        is_readable = self._unzip is not None or coding in ("identity", "")
+        self._content_type = head.header("content-type")
+        self.is_stream = is_readable and _is_event_stream(head)
+        self.size = 0
+        self._status = head.status
+        self._parser = EventParser()
+        self._events = CompletionEvents() if is_completion else OtherEvents()
+        self._body = bytearray()
+        self._coding = None if is_readable else coding
+
+    @property
+    def is_over(self) -> bool:
+        """Whether a stream has said that it is."""
+        return self.is_stream and self._events.is_over
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether a stream that just stops has said all."""
+        return not self.is_stream or self._events.is_finished
+
+    def feed(self, data: bytes) -> None:
+        """Take more of the body."""
+        self.size += len(data)
+        data = self._unzip.feed(data) if self._unzip else data
+        if self.is_stream:
+            for name, text in self._parser.feed(data):
+                self._events.add(name, text)
+        elif len(self._body) + len(data) <= MAX_BODY_BYTES:
+            self._body += data
+
+    def end(self) -> None:
+        """All of the body has come."""
+        if self.is_stream:
+            for name, text in self._parser.end():
+                self._events.add(name, text)
+
+    def text(self) -> tuple[str | None, str | None, dict]:
+        """The answer so far as JSON text, what went wrong with it, and further fields for the record."""
+        if self.is_stream:
+            value, kind = self._events.response(), self._events.kind
+            text, error = (None if value is None else dump_json(value)), self._events.error
+        else:
+            text, kind, error = self._body_text()
+        if self._status >= 400 and error is None:
+            error = "the upstream answered %d" % self._status
+        more = {"response_format": kind} if kind else {}
+        if kind in ("text", "base64"):
+            more["content_type"] = self._content_type
+        if self._coding:
+            more["content_encoding"] = self._coding
+        return text, error, more
+
+    def _body_text(self):
+        try:
+            text = self._body.decode("utf-8")
+            value = parse_json(text)
+        except ValueError:
+            return body_text(bytes(self._body)) + (None,)
+        return one_line(text), None, error_message(value) if self._status >= 400 else None
+
+
+class ProxyCall:
+    """One call, from request to reply."""
+
+    def __init__(self, service: ProxyService, request: Request):
+        self._service = service
+        self._start_time, self._began = service.clock(), time.monotonic()
+        self._request = ForwardedRequest(request, service.settings.request_overrides)
+        self._watch = ClientWatch(request.sock)
+        self._attempts = 0
+        self._response = None  # of the upstream, while it comes
+        self._answer = None  # the RecordedAnswer of that
+        self._is_recorded = False
+
+    def reply(self) -> Reply:
+        """Have the upstream answer.  Raises ApiError, ClientGone, StorageError."""
+        try:
+            return self._reply(self._held_answer())
+        except ApiError as error:
+            self._record_quietly(error.status, str(error))
+            raise
+        except ClientGone:
+            self._record_quietly(499, self._service.hangup_reason())
+            raise
+        finally:
+            if self._response and not self._response.is_done and self._answer is None:
+                self._response.close()
+
+    def _held_answer(self):
+        """What came of the answer to the last attempt before it had to be passed on, as a list of pieces."""
+        service, request = self._service, self._request
+        upstream = service.upstream_of(request)
+        target = upstream.path + request.target
+        headers = request.upstream_headers(service.settings, service.via_of(request))
+        while True:
+            self._attempts += 1
+            failure, held = None, []
+            try:
+                self._response = service.send(
+                    upstream, request.head.method, target, headers, request.sent_body, self._watch
+                )
+                held = self._hold()
+            except UpstreamError as error:
+                self._close_response()
+                failure = error
+            delay = self._delay(failure)
+            if delay is None:
+                break
+            self._close_response()
+            service.pause(self._watch, delay)
+        if failure:
+            raise ApiError(
+                failure.status, str(failure), code="upstream_timeout" if failure.status == 504 else "upstream_error"
+            )
+        return held
+
+    def _delay(self, failure):
+        """How long to wait for the next attempt; None where this one was the last."""
+        service, head = self._service, None if failure else self._response.head
+        if failure.is_final if failure else head.status not in service.retries.status_codes:
+            return None
+        if head and not self._response.is_done:  # it was too long to be held, or came too slowly
+            return None
+        delay = service.retries.delay(self._attempts, head.headers if head else (), service.clock(), service.jitter())
+        if delay is not None:
+            what = failure or "the upstream answered %d" % head.status
+            service.logger.warning("attempt %d failed: %s; the next one in %.3g s", self._attempts, what, delay)
+        return delay
+
+    def _hold(self):
+        """Read the answer as far as it is held."""
+        head, response, clock = self._response.head, self._response, self._watch.clock
+        is_stream = head.status < 300 and (self._request.is_stream or _is_event_stream(head))
+        until, limit = clock() + self._service.settings.heartbeat_seconds, 0 if is_stream else HOLD_BYTES
+        held, size = [], 0
+        while not response.is_done and size <= limit:
+            piece = response.read(until)
+            if piece is None:
+                break
+            held.append(piece)
+            size += len(piece)
+        return held
+
+    def _reply(self, held):
+        response, head = self._response, self._response.head
+        self._answer = RecordedAnswer(head, self._request.head.path.rstrip("/").endswith("/completions"))
+        headers = end_to_end(head.headers)
+        if self._request.head.method != "HEAD" and head.status not in (204, 304):
+            headers = [(name, value) for name, value in headers if name.lower() != "content-length"]
+        elif head.header("transfer-encoding"):
+            headers.append(("Transfer-Encoding", "chunked"))
+        common = {"content_type": None, "headers": tuple(headers), "done": self._close, "note": self._note}
+        if response.is_done:
+            body = b"".join(held)
+            self._answer.feed(body)
+            self._answer.end()
+            self._record(head.status)
+            return Reply(head.status, body, **common)
+        return Reply(head.status, pieces=self._pieces(held), length=head.content_length, **common)
+
+    def _pieces(self, held):
+        """The answer as it comes; the record is written before the piece with which the client sees its end."""
+        for piece in held:
+            self._take(piece)
+            yield piece
+        try:
+            while not self._response.is_done:
+                piece = self._response.read()
+                self._take(piece)
+                if piece:
+                    yield piece
+        except UpstreamError as error:
+            self._record_quietly(error.status, str(error), is_partial=True)
+            raise
+
+    def _take(self, piece):
+        self._answer.feed(piece)
+        if self._response.is_done:
+            self._answer.end()
+            is_bounded = self._response.head.content_length is not None or self._response.head.is_chunked
+            if not is_bounded and not self._answer.is_finished:
+                raise UpstreamError("the upstream closed the connection before its stream was over")
+        if (self._response.is_done or self._answer.is_over) and not self._is_recorded:
+            self._record(self._response.head.status)
+
+    def _close(self, _):
+        """The reply is done, or broke off."""
+        self._record_quietly(499, self._service.hangup_reason(), is_partial=True)
+        self._close_response()
+
+    def _close_response(self):
+        if self._response:
+            self._response.close()
+
+    def _record_quietly(self, status, error, is_partial=False):
+        """Write down a call that failed, unless it is written down."""
+        if self._is_recorded:
+            return
+        try:
+            self._record(status, error, is_partial)
+        except StorageError as failure:
+            self._service.logger.error("a call that failed is not in the trajectory: %s", failure)
+
+    def _record(self, status, error=None, is_partial=False):
+        request, request_more = self._request.text()
+        response, wrong, more = self._answer.text() if self._answer else (None, None, {})
+        more = {"method": self._request.head.method, "path": self._request.head.path, **request_more, **more}
+        more["attempts"] = self._attempts
+        if is_partial:
+            more["partial"] = True
+        if self._request.overridden:
+            more["overridden"] = self._request.overridden
+        record = CallRecord(
+            self._service.without_secrets(request, self._request.secrets),
+            self._service.without_secrets(response, self._request.secrets),
+            self._request.model,
+            self._request.is_stream,
+            status,
+            self._service.without_secrets(error or wrong, self._request.secrets),
+            self._start_time,
+            time.monotonic() - self._began,
+            more=more,
+        )
+        if not _MODEL_LIST.match(self._request.head.path):  # looked up, not asked: no call of a model
+            self._service.trajectory.append(record.line())
+        self._is_recorded = True
+
+    def _note(self):
+        return "attempts=%d" % self._attempts
+
+
+class ProxyService:
+    """The endpoints of the proxy type.
+
+    settings: ServiceSettings.  trajectory: an AppendFile.  proxies: as from `http_proxies`.  logger: as from `logging`.
+    For tests: clock: seconds since the epoch; pause: (ClientWatch, seconds) -> None; jitter: () -> 0 to 1.
+    """
+
+    def __init__(self, settings, trajectory, proxies, logger, clock=time.time, pause=None, jitter=None):
+        import socket
+        from random import random
+
+        self.settings = settings
+        self.trajectory = trajectory
+        self.logger = logger
+        self.clock = clock
+        self.pause = pause or self._pause
+        self.jitter = jitter or random
+        self.retries = RetryPolicy(settings.max_attempts, settings.retry_delay_seconds, settings.retryable_status_codes)
+        self._pool = UpstreamPool(proxies)
+        urls = [settings.proxy_base_url] if settings.proxy_base_url else settings.proxy_rules.values()
+        self._upstreams = {url: Upstream.of(url) for url in urls}
+        self._via = "1.1 rock-%s" % os.urandom(4).hex()
+        self._secrets = [settings.upstream_api_key, settings.api_key]
+        self._stop_receiver, self._stop_sender = socket.socketpair()
+        self._is_stopping = False
+
+    def routes(self) -> list:
+        """The route table of the service's own endpoints."""
+        return [Route("*", "/v1/{name}", self.forward)]
+
+    def gauges(self) -> dict:
+        """Numbers for /metrics."""
+        return {"rock_proxy_idle_upstream_connections": self._pool.idle_count()}
+
+    def stop(self) -> None:
+        """End every wait for another attempt with 503.  Calls that are being answered go on."""
+        self._is_stopping = True
+        self._stop_sender.close()
+
+    def close(self) -> None:
+        """Close what is left, when no call is being answered any more."""
+        self._pool.close()
+        self._stop_receiver.close()
+
+    def forward(self, request: Request) -> Reply:
+        """Pass a request on, and its answer back."""
+        if request.head.path.rstrip("/") == "/v1/models" and request.head.method in ("GET", "HEAD"):
+            try:
+                base_url_of(self.settings, None)
+            except ApiError:
+                return models_reply(self.settings.proxy_rules)
+        return ProxyCall(self, request).reply()
+
+    def upstream_of(self, request: ForwardedRequest) -> Upstream:
+        """Where a request goes.  Raises ApiError 400."""
+        return self._upstreams[base_url_of(self.settings, request.model)]
+
+    def via_of(self, request: ForwardedRequest) -> str:
+        """What this service adds to the Via field.  Raises ApiError 508 where it stands there already."""
+        if self._via in ", ".join(_values(request.head.headers, "via")):
+            raise ApiError(508, "the upstream of this service is the service itself", code="loop_detected")
+        return self._via
+
+    def send(self, upstream, method, target, headers, body, watch) -> UpstreamResponse:
+        """Send a request upstream.  Raises UpstreamError, ClientGone."""
+        return self._pool.send(upstream, method, target, headers, body, watch, self.settings.wait_limit)
+
+    def hangup_reason(self) -> str:
+        """Why a client is gone."""
+        return "the service stopped" if self._is_stopping else "the client hung up"
+
+    def without_secrets(self, text: str | None, secrets: list) -> str | None:
+        """A JSON text without the keys that an upstream may have sent back.
+
+        Only what is long enough to be a key is taken for one: agents are given words like "unused".
+        """
+        for secret in self._secrets + secrets if text else ():
+            if secret and len(secret) >= MIN_SECRET_LENGTH:
+                text = text.replace(dump_json(secret)[1:-1], "[key]")
+        return text
+
+    def _pause(self, watch, seconds):
+        """Wait for the next attempt.  Raises ClientGone; ApiError 503 where the service stops."""
+        import select
+
+        if watch.wait(self._stop_receiver, select.POLLIN, watch.clock() + seconds):
+            raise ApiError(503, "the model service is stopping", code="service_stopping")
+
+
+# ======================================================================================================================
+# Replay service: the answers of a trajectory once more, without an upstream.
+#
+#   In order     Each method and path has its answers one after the other; what is asked does not matter.
+#   By request   An answer belongs to the request it was given to, told by its JSON without `stream`, `stream_options`
+#                and what `request_overrides` had set.  So parallel agents get theirs, in whatever order they ask.
+#   What         A whole answer is made a stream, and a stream a whole answer, where the other one was recorded.
+#                Failures stay failures.  A call that was cut off is cut off again, at the same point.
+# ======================================================================================================================
+
+_NOT_COMPARED = ("stream", "stream_options")
+
+
+@dataclass(frozen=True)
+class RecordedCall:
+    """A call of a trajectory, checked.  value: the object that the line holds.  method, path, status: as recorded, or
+    as ROCK's own records, which have none of them, mean."""
+
+    value: dict
+    method: str
+    path: str
+    status: int
+
+    @classmethod
+    def of(cls, line: bytes) -> RecordedCall:
+        """Read a line.  Raises ValueError that says what is wrong with it."""
+        value = json_object(line.decode("utf-8"), "the line")[1]
+        if "response" not in value or "request" not in value:
+            raise ValueError("a call needs both request and response")
+        method, path = value.get("method", "POST"), value.get("path", "/v1/chat/completions")
+        if not isinstance(method, str) or not isinstance(path, str):
+            raise ValueError("method and path must be strings")
+        return cls(value, method, path.rstrip("/"), recorded_status(value))
+
+    @property
+    def request_key(self) -> bytes:
+        """What equal requests have in common."""
+        overridden = self.value.get("overridden")
+        return request_key(self.value["request"], tuple(overridden) if isinstance(overridden, list) else ())
+
+
+def request_key(request: object, overridden: tuple) -> bytes:
+    """A digest of a request's JSON value, without the fields that do not tell requests apart."""
+    if isinstance(request, dict):
+        request = {key: value for key, value in request.items() if key not in _NOT_COMPARED + overridden}
+    return _digest(json.dumps(request, sort_keys=True).encode("utf-8"))
+
+
+class Recording:
+    """A trajectory file to replay from.  Only the places of its calls are kept in memory.
+
+    path: of the file, which must not change any more.  is_by_request: how calls are found.  Raises UsageError for a
+    file that cannot be replayed, naming the line.
+    """
+
+    def __init__(self, path: str, is_by_request: bool):
+        self._path = path
+        self._is_by_request = is_by_request
+        self._lock = threading.Lock()
+        self._places = {}  # (method, path[, request key]) -> [offset], the next one last
+        self._overridden = set()
+        self.models = {}  # names as keys
+        self.count = 0
+        try:
+            self._file = open(path, "rb")  # noqa: SIM115
+        except OSError as error:
+            raise UsageError("cannot read the replay file %s: %s" % (path, error.strerror)) from None
+        try:
+            self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self):
+        offset = 0
+        for number, line in enumerate(self._file, 1):
+            if line.strip():
+                try:
+                    self._add(RecordedCall.of(line), offset)
+                except ValueError as error:
+                    raise UsageError("%s, line %d: %s" % (self._path, number, error)) from None
+            offset += len(line)
+        if not self.count:
+            raise UsageError("the replay file %s holds no call" % self._path)
+        for offsets in self._places.values():
+            offsets.reverse()
+
+    def _add(self, call, offset):
+        key = (call.method, call.path)
+        if self._is_by_request:
+            key += (call.request_key,)
+            overridden = call.value.get("overridden")
+            self._overridden.add(tuple(overridden) if isinstance(overridden, list) else ())
+        self._places.setdefault(key, []).append(offset)
+        model = call.value.get("model")
+        if isinstance(model, str):
+            self.models[model] = None
+        self.count += 1
+
+    def take(self, method: str, path: str, request: object) -> RecordedCall:
+        """The next call to replay.  Raises ApiError 404 where there is none, or none left; StorageError.
+
+        request: the JSON value that was asked.
+        """
+        path = path.rstrip("/")
+        keys = [(method, path)]
+        if self._is_by_request:
+            keys = [(method, path, request_key(request, names)) for names in self._overridden]
+        with self._lock:
+            known = [key for key in keys if key in self._places]
+            offsets = next((self._places[key] for key in known if self._places[key]), None)
+            if offsets is None:
+                raise self._nothing_left(method, path, bool(known))
+            return self._call_at(offsets.pop())
+
+    def _nothing_left(self, method, path, is_known):
+        what = "for this request" if self._is_by_request else "of %s %s" % (method, path)
+        message = "the recording has no %s call %s" % ("further" if is_known else "", what)
+        return ApiError(404, message.replace("  ", " "), code="replay_exhausted" if is_known else "not_recorded")
+
+    def _call_at(self, offset):
+        try:
+            self._file.seek(offset)
+            return RecordedCall.of(self._file.readline())
+        except (OSError, ValueError) as error:
+            raise StorageError("the replay file %s has changed: %s" % (self._path, error)) from None
+
+    def left(self) -> int:
+        """How many calls have not been replayed."""
+        with self._lock:
+            return sum(map(len, self._places.values()))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class ReplayService:
+    """The endpoints of the proxy type when it replays.
+
+    recording: a Recording.  logger: as from `logging`.  clock: seconds since the epoch.
+    """
+
+    def __init__(self, recording: Recording, logger, clock=time.time):
+        self._recording = recording
+        self._logger = logger
+        self._clock = clock
+
+    def routes(self) -> list:
+        """The route table of the service's own endpoints."""
+        return [
+            Route("GET", "/v1/models", lambda request: models_reply(self._recording.models)),
+            Route("*", "/v1/{name}", self.replay),
+        ]
+
+    def gauges(self) -> dict:
+        """Numbers for /metrics."""
+        return {"rock_replay_calls_left": self._recording.left()}
+
+    def stop(self) -> None:
+        """Nothing waits here."""
+
+    def close(self) -> None:
+        """Close the recording."""
+        self._recording.close()
+
+    def replay(self, request: Request) -> Reply:
+        """Answer as the recording says."""
+        if request.head.path.startswith("/v1/models/") and request.head.method == "GET":
+            from urllib.parse import unquote
+
+            return json_reply(model_object(unquote(request.head.path[len("/v1/models/") :])))
+        asked = ForwardedRequest(request, {})
+        value = asked.value if asked.value is not None else parse_json(asked.text()[0] or "null")
+        call = self._recording.take(request.head.method, request.head.path, value)
+        if asked.model and call.value.get("model") not in (None, asked.model):
+            self._logger.warning("asked for %s, the recording has %s", asked.model, call.value["model"])
+        return replayed_reply(call, asked, self._clock())
+
+
+def replayed_reply(call: RecordedCall, asked: ForwardedRequest, now: float) -> Reply:
+    """The reply that a recorded call makes.  Raises ClientGone where nothing was answered; ApiError."""
+    response = call.value["response"]
+    is_partial = bool(call.value.get("partial"))
+    if response is None and (is_partial or call.status == 499):
+        raise ClientGone
+    if response is None and call.status >= 400:
+        raise ApiError(call.status, str(call.value.get("error") or "recorded as failed"), code="replayed_failure")
+    kind = call.value.get("response_format")
+    if kind in ("text", "base64"):
+        reply = _replayed_bytes(call, kind)
+    elif call.status >= 400 and not is_partial:
+        reply = Reply(call.status, dump_json(response).encode("utf-8"))
+    elif asked.is_stream:
+        reply = Reply(200, _replayed_events(call, now), SSE_TYPE, SSE_HEADERS)
+    else:
+        reply = _replayed_whole(call)
+    return replace(reply, status=200, body=b"", pieces=_cut_off(reply.body)) if is_partial else reply
+
+
+def _replayed_bytes(call, kind):
+    from base64 import b64decode
+
+    coding, content_type = call.value.get("content_encoding"), call.value.get("content_type")
+    try:
+        text = call.value["response"]
+        body = b64decode(text, validate=True) if kind == "base64" else text.encode("utf-8")
+    except (ValueError, TypeError, AttributeError):
+        raise ApiError(500, "the recorded response is not %s" % kind, code="bad_recording") from None
+    headers = (("Content-Encoding", coding),) if isinstance(coding, str) else ()
+    return Reply(call.status, body, content_type if isinstance(content_type, str) else None, headers)
+
+
+def _replayed_events(call, now):
+    """The body of a stream.  Raises ApiError where the recorded answer cannot be made one."""
+    response = call.value["response"]
+    if call.value.get("response_format") == "events":
+        return b"".join(map(_replayed_event, response))
+    if not _is_completion(response):
+        raise _not_replayable("whole, and cannot be made a stream")
+    chunks = _replayed_chunks(call, response, now) if response.get("choices") else []
+    if call.value.get("partial"):
+        chunks = [chunk for chunk in chunks if chunk["choices"] and not chunk["choices"][0].get("finish_reason")]
+    body = b"".join(map(sse_event, chunks))
+    if "error" in response:
+        return body + sse_event({"error": response["error"]})
+    return body if call.value.get("partial") else body + SSE_DONE
+
+
+def _replayed_event(event):
+    if not isinstance(event, dict):
+        raise ApiError(500, "the recorded events are not objects", code="bad_recording")
+    name, data = event.get("event"), event.get("data")
+    text = data if isinstance(data, str) else dump_json(data)
+    lines = (["event: %s" % name] if name else []) + ["data: %s" % line for line in text.split("\n")]
+    return ("\n".join(lines) + "\n\n").encode("utf-8", "replace")
+
+
+def _replayed_chunks(call, response, now):
+    # A stream that had its usage keeps it, whether or not this request asks for it.
+    asked = call.value["request"] if isinstance(call.value["request"], dict) else {}
+    request = {"model": asked.get("model", ""), "stream_options": {"include_usage": True}}
+    if response.get("object") == "text_completion":
+        return [response]
+    try:
+        return completion_chunks(response, request, 0, now)
+    except ValueError as error:
+        raise ApiError(500, "the recorded response cannot be made a stream: %s" % error, code="bad_recording") from None
+
+
+def _replayed_whole(call):
+    """The reply to a request that asks for no stream."""
+    response, status = call.value["response"], call.status
+    if call.value.get("response_format") == "events":
+        response = _response_of_events(response)
+    elif isinstance(response, dict) and response.get("error") and call.value.get("error"):
+        response = {"error": response["error"]}  # of an event in a stream that had begun with 200
+        status = error_status(response)
+    return Reply(status, b"" if response is None else dump_json(response).encode("utf-8"))
+
+
+def _response_of_events(events):
+    """The object with which a stream of OpenAI's Responses API ends."""
+    last = events[-1].get("data") if isinstance(events, list) and isinstance(events[-1], dict) else None
+    if not isinstance(last, dict) or not isinstance(last.get("response"), dict):
+        raise _not_replayable("as a stream, and cannot be made a whole answer")
+    return last["response"]
+
+
+def _not_replayable(how):
+    return ApiError(404, "this call was recorded %s" % how, code="not_recorded")
+
+
+def _is_completion(response):
+    return isinstance(response, dict) and (isinstance(response.get("choices"), list) or "error" in response)
+
+
+def _cut_off(body):
+    yield body[:-1] if body[-1:] == b"}" else body  # what is whole as JSON would be taken for an answer
+    raise ReplyBroken("as it was recorded")
+
+
+class ProxySession:
+    """What a proxy has of a session: its end, which a trainer hears of as in the local type."""
+
+    has_ended = False  # a proxy answers on
+
+    def __init__(self, log: MarkerLog):
+        self._log = log
+
+    def end(self) -> None:
+        """Write SESSION_END.  Raises StorageError."""
+        self._log.append_session_end()
+
+
+class ProxyServer:
+    """A proxy, forwarding or replaying, with all that it is made of; as LocalServer."""
+
+    def __init__(
+        self, settings, paths: DataPaths, logger, is_resumed=False, earlier=None, on_watch=lambda watched: None
+    ):
+        log, trajectory = MarkerLog(paths.log_file), AppendFile(paths.traj_file)
+        self.session = ProxySession(log)
+        self._watch = AgentWatch(self.session, logger, on_watch)
+        if settings.replay_file:
+            recording = Recording(settings.replay_file, settings.replay_match == "request")
+            self.service = ReplayService(recording, logger)
+        else:
+            self.service = ProxyService(settings, trajectory, http_proxies(os.environ), logger)
+        try:
+            routes = self.service.routes() + [self._watch.route()]
+            gauges, limit = self.service.gauges, settings.max_body_bytes
+            self.http = HTTPService(
+                settings.host, settings.port, routes, logger, settings.type, gauges, settings.api_key, limit
+            )
+        except BaseException:
+            self.service.stop()
+            self.service.close()
+            raise
+        try:
+            if not is_resumed:
+                paths.set_earlier_aside(settings.traj_append_mode or settings.replay_file is not None, logger)
+            log.prepare()
+            if is_resumed:
+                self._watch.resume(watched_by(earlier or {}))
+        except BaseException:
+            self.stop()
+            raise
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self.http.start()
+
+    def stop(self) -> None:
+        """End calls that wait for another attempt with 503, let the others end, then end every thread."""
+        self.service.stop()
+        self.http.stop()
+        self._watch.stop()
+        self.service.close()
+
+
+# ======================================================================================================================
+# Reading trajectories: what `traj` shows of each call. One line of the file is in memory at a time.
+# ======================================================================================================================
+
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_TRAJ_COLUMNS = "%5s  %-19s  %-24s  %6s  %9s  %8s  %8s  %s"
+TRAJ_HEADER = _TRAJ_COLUMNS % ("line", "time", "model", "status", "latency", "tokens", "answered", "what")
+
+
+def printable(text: str) -> str:
+    """A text that a terminal shows and does not obey: control characters as escapes, line ends and tabs as they are."""
+    return _UNPRINTABLE.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
+
+
+@dataclass(frozen=True)
+class CallSummary:
+    """One call of a trajectory in a few words.
+
+    line: its number in the file.  time: when it began, seconds since the epoch.  seconds: until it ended.  tokens: of
+    the prompt, and of the answer.  tool_calls: their names.  What the record does not have is None.
+    """
+
+    line: int
+    time: float | None
+    model: str | None
+    method: str
+    path: str
+    stream: bool
+    status: int
+    seconds: float | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    finish_reason: str | None
+    tool_calls: list
+    attempts: int | None
+    partial: bool
+    error: str | None
+
+    @classmethod
+    def of(cls, line: int, record: dict) -> CallSummary:
+        """Of a record.  Raises ValueError where it is none."""
+        if "request" not in record or "response" not in record:
+            raise ValueError("a call needs both request and response")
+        usage, choice = _usage_of(record["response"]), _first_choice(record["response"])
+        calls = choice["message"].get("tool_calls")
+        return cls(
+            line=line,
+            time=_number(record.get("start_time")),
+            model=_text_or_none(record.get("model")),
+            method=_text_or_none(record.get("method")) or "POST",
+            path=_text_or_none(record.get("path")) or "/v1/chat/completions",
+            stream=bool(record.get("stream")),
+            status=recorded_status(record),
+            seconds=_number(record.get("response_time")),
+            prompt_tokens=_number(usage.get("prompt_tokens", usage.get("input_tokens"))),
+            completion_tokens=_number(usage.get("completion_tokens", usage.get("output_tokens"))),
+            finish_reason=_text_or_none(choice.get("finish_reason")),
+            tool_calls=[_function_of(call)[0] for call in calls] if isinstance(calls, list) else [],
+            attempts=_number(record.get("attempts")),
+            partial=bool(record.get("partial")),
+            error=_text_or_none(record.get("error")),
+        )
+
+    def row(self) -> str:
+        """As a line of the table."""
+        when = "-" if self.time is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.time))
+        latency = "-" if self.seconds is None else "%.3f s" % self.seconds
+        tokens = ["-" if count is None else "%d" % count for count in (self.prompt_tokens, self.completion_tokens)]
+        row = _TRAJ_COLUMNS % (self.line, when, self.model or "-", self.status, latency, *tokens, self._what())
+        return printable(row).replace("\n", "\\n").rstrip()
+
+    def _what(self):
+        words = [] if self.path.endswith("/chat/completions") else ["%s %s" % (self.method, self.path)]
+        words += ["stream"] if self.stream else []
+        words += ["cut off"] if self.partial else []
+        words += ["%d attempts" % self.attempts] if (self.attempts or 1) > 1 else []
+        words += ["calls " + ", ".join(self.tool_calls)] if self.tool_calls else []
+        words += [self.finish_reason] if self.finish_reason not in (None, "stop", "tool_calls") else []
+        return "; ".join(words + ([self.error] if self.error else []))
+
+
+def _number(value):
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15 else None
+
+
+def _text_or_none(value):
+    return value if isinstance(value, str) else None
+
+
+def _usage_of(response):
+    """The token counts of an answer of any of the usual APIs; of a stream's events, put together."""
+    if isinstance(response, list):
+        usage = {}
+        for event in response:
+            data = event.get("data") if isinstance(event, dict) else None
+            for part in (data, data.get("response"), data.get("message")) if isinstance(data, dict) else ():
+                usage.update(_usage_of(part))
+        return usage
+    usage = response.get("usage") if isinstance(response, dict) else None
+    return {key: value for key, value in usage.items() if value is not None} if isinstance(usage, dict) else {}
+
+
+def _first_choice(response):
+    """The first choice of a completion, whose message is an object; an empty one where there is none."""
+    choices = response.get("choices") if isinstance(response, dict) else None
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    message = choice.get("message")
+    return {**choice, "message": message if isinstance(message, dict) else {}}
+
+
+def _function_of(call):
+    """(name, arguments) of a tool call."""
+    function = call.get("function") if isinstance(call, dict) else None
+    function = function if isinstance(function, dict) else {}
+    arguments = function.get("arguments", "")
+    return str(function.get("name", "?")), arguments if isinstance(arguments, str) else dump_json(arguments)
+
+
+def conversation(record: dict, earlier: list) -> list:
+    """The lines that show what was said in a call.
+
+    earlier: the messages of the call before; where this one begins with them, they are not shown again.
+    """
+    request, response = record["request"], record["response"]
+    messages = messages_of(record)
+    lines = []
+    if messages:
+        known = len(earlier) if earlier and messages[: len(earlier)] == earlier else 0
+        lines += ["    ... as in the call before: %d" % known] if known else []
+        for message in messages[known:]:
+            lines += _message_lines(message)
+    elif request is not None:
+        lines += _said(
+            "request", request if isinstance(request, str) else json.dumps(request, ensure_ascii=False, indent=2)
+        )
+    choices = response.get("choices") if isinstance(response, dict) else None
+    answers = [_first_choice({"choices": [choice]}) for choice in choices] if isinstance(choices, list) else []
+    for choice in answers:
+        name = "answer" if len(answers) == 1 else "answer %s" % choice.get("index", "?")
+        lines += _message_lines({**choice["message"], "role": name}, choice.get("text"))
+    if not answers and response is not None:
+        text = response if isinstance(response, str) else json.dumps(response, ensure_ascii=False, indent=2)
+        lines += _said("answer", text)
+    return lines + (_said("error", str(record["error"])) if record.get("error") else [])
+
+
+def messages_of(record: dict) -> list:
+    """The messages of a call's request; none where it has none."""
+    messages = record["request"].get("messages") if isinstance(record["request"], dict) else None
+    return messages if isinstance(messages, list) else []
+
+
+def _message_lines(message, text=None):
+    if not isinstance(message, dict):
+        return _said("message", dump_json(message))
+    lines = []
+    for key in ("reasoning_content", "reasoning"):
+        lines += _said("reasoning", message[key]) if isinstance(message.get(key), str) and message[key] else []
+    content = _content_text(message.get("content") if text is None else text)
+    calls = message.get("tool_calls")
+    if content or not calls:
+        lines += _said(str(message.get("role", "message")), content)
+    for call in calls if isinstance(calls, list) else ():
+        lines += _said("calls", "%s(%s)" % _function_of(call))
+    return lines
+
+
+def _content_text(content):
+    if isinstance(content, str) or content is None:
+        return content or ""
+    parts = content if isinstance(content, list) else [content]
+    return "\n".join(_part_text(part) for part in parts)
+
+
+def _part_text(part):
+    if not isinstance(part, dict):
+        return str(part)
+    return part["text"] if isinstance(part.get("text"), str) else "[%s]" % part.get("type", "?")
+
+
+def _said(name, text):
+    first, *others = printable(text).split("\n")
+    return ["    %-10s %s" % (printable(name) + ":", first)] + ["               " + line for line in others]
 
 
 # ======================================================================================================================
@@ -3052,6 +5194,7 @@ def command_start(args: argparse.Namespace) -> int:
     data_dir = resolve_data_dir(args.data_dir, os.environ)
     earlier = ServiceState(data_dir).read() if args.resume else {}
     settings = resolve_settings(ServiceSettings, flags, os.environ, args.config_file, earlier)
+    settings.check(flags)
     if earlier.get("has_api_key") and settings.api_key is None:
         raise UsageError("the last service asked for an API key: give it again, in ROCK_MODEL_SERVICE_API_KEY")
     paths = DataPaths.of(data_dir, settings)
@@ -3089,7 +5232,8 @@ def run_service(settings: ServiceSettings, paths: DataPaths, is_resumed: bool, r
 def _serve_until_signal(settings, paths, is_resumed, ready_fd, state, signals):
     earlier = state.read()
     pid = os.getpid()
-    published = {"pid": pid, "identity": process_identity(pid), "log_file": paths.log_file}
+    kind = {"local": LocalServer, "proxy": ProxyServer}[settings.type]
+    published = {"type": settings.type, "pid": pid, "identity": process_identity(pid), "log_file": paths.log_file}
     published["has_api_key"] = settings.api_key is not None
 
     def publish(**changes):
@@ -3102,7 +5246,7 @@ def _serve_until_signal(settings, paths, is_resumed, ready_fd, state, signals):
     logger = open_logger(paths.logging_file, is_loud=ready_fd is None)
     publish(watched=earlier.get("watched", {}) if is_resumed else {})
     try:
-        server = LocalServer(settings, paths, logger, is_resumed, earlier, on_watch)
+        server = kind(settings, paths, logger, is_resumed, earlier, on_watch)
     except BaseException:
         state.write(earlier)
         raise
@@ -3142,7 +5286,11 @@ def open_logger(path: str, is_loud: bool) -> object:
     """The service's own log; with is_loud also on standard error.  Raises OSError."""
     import logging
 
-    logger = logging.Logger("rock-ms", logging.INFO)
+    class Logger(logging.Logger):
+        def findCaller(self, *_, **__):  # which no format of ours shows, and which takes a walk up the stack
+            return "", 0, "", None
+
+    logger = Logger("rock-ms", logging.INFO)
     handlers = [logging.FileHandler(path, encoding="utf-8")] + ([logging.StreamHandler()] if is_loud else [])
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -3156,6 +5304,8 @@ def start_in_background(paths: DataPaths, flags: dict, args: argparse.Namespace)
     if state.is_running():
         raise RockError(state.running_message())
     process, ready = _spawn_service(paths, flags, args)
+    import http.client  # noqa: F401  # needed below, and loaded while the service starts
+
     try:
         said = _read_all(ready)
         if not said.startswith("{"):
@@ -3177,11 +5327,18 @@ def start_in_background(paths: DataPaths, flags: dict, args: argparse.Namespace)
     return 0
 
 
+# The service is handed the bytecode of this file on its standard input.  Compiling it there would take as long as all
+# else that it does to start, and leave it with 10 MB that it never needs again.
+_RUN_BYTECODE = "import marshal, sys; __file__ = sys.argv.pop(1); exec(marshal.load(sys.stdin.buffer))"
+
+
 def _spawn_service(paths, flags, args):
     """The process, and the descriptor on which it says its state, or why it has none."""
+    import marshal
     import subprocess
 
-    command = [sys.executable, os.path.abspath(__file__), "start", "--foreground", "--data-dir", paths.data_dir]
+    command = [sys.executable, "-c", _RUN_BYTECODE, os.path.abspath(__file__)]
+    command += ["start", "--foreground", "--data-dir", paths.data_dir]
     for spec in fields(ServiceSettings):
         if flags[spec.name] is not None and not spec.metadata["secret"]:
             command += [spec.metadata["flag"], flags[spec.name]]
@@ -3193,7 +5350,7 @@ def _spawn_service(paths, flags, args):
         with open(paths.logging_file, "ab") as log:
             process = subprocess.Popen(
                 command + ["--ready-fd", str(ready_fd)],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 env=environ,
@@ -3205,6 +5362,8 @@ def _spawn_service(paths, flags, args):
         raise RockError("cannot start the model service: %s; give another --data-dir" % error) from None
     finally:
         os.close(ready_fd)
+    with contextlib.suppress(BrokenPipeError), process.stdin:  # it may have ended already, and `ready` tells
+        process.stdin.write(marshal.dumps(__loader__.get_code(__name__)))
     return process, ready
 
 
@@ -3329,6 +5488,44 @@ def read_response(args: argparse.Namespace, log: MarkerLog) -> str | None:
         raise UsageError("%s; give an OpenAI completion or error object" % error) from None
 
 
+def command_traj(args: argparse.Namespace) -> int:
+    """Show the calls of a trajectory."""
+    try:
+        with open(args.file, "rb") if args.file != "-" else contextlib.nullcontext(sys.stdin.buffer) as file:
+            is_whole = _show_calls(file, args)
+            sys.stdout.buffer.flush()
+    except BrokenPipeError:  # as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except OSError as error:
+        raise RockError("cannot read %s: %s" % (args.file, error.strerror)) from None
+    return 0 if is_whole else EXIT_FAILED
+
+
+def _show_calls(file, args):
+    """Print each call; whether all lines could be read."""
+    write, earlier, is_whole = sys.stdout.buffer.write, [], True
+    if not args.json:
+        write(TRAJ_HEADER.encode() + b"\n")
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json_object(line.decode("utf-8"), "the line")[1]
+            summary = CallSummary.of(number, record)
+        except ValueError as error:
+            is_torn = not line.endswith(b"\n")
+            is_whole = is_whole and is_torn
+            complain("line %d: %s" % (number, "torn: its writer was stopped" if is_torn else error))
+            continue
+        lines = [dump_json(vars(summary)) if args.json else summary.row()]
+        if args.full:
+            lines += conversation(record, earlier) + [""]
+            earlier = messages_of(record)
+        write("\n".join(lines).encode("utf-8", "backslashreplace") + b"\n")
+    return is_whole
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The demo: what a trainer, an agent and the service do, with the very commands that a user would type.
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3430,8 +5627,16 @@ class _Demo:
 # ----------------------------------------------------------------------------------------------------------------------
 
 _EXAMPLES = {
+    "traj": """examples:
+  %(prog)s LLMTraj.jsonl                    one line a call
+  %(prog)s LLMTraj.jsonl --full | less      with what was said
+  %(prog)s LLMTraj.jsonl --json             for scripts
+
+exit codes: 0 shown (a torn last line, of a service that was killed, is passed over), 1 failed, or a line is no call""",
     "start": """examples:
   %(prog)s                                  in the background, on 0.0.0.0:8080
+  %(prog)s --type proxy --proxy-base-url https://host/v1        pass calls on, and record them
+  %(prog)s --type proxy --replay-file R     answer from a recording
   %(prog)s --host 127.0.0.1 --port 9000     for this machine only, elsewhere
   %(prog)s --resume                         go on with the last session, where it listened
   %(prog)s --foreground                     stay here and show each request; Ctrl-C ends it
@@ -3457,7 +5662,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="The ROCK model service: an agent's LLM calls, answered by a trainer.",
+        description="The ROCK model service: an agent's LLM calls, answered by a trainer or a model's server.",
         epilog="Try '%(prog)s demo' first.  Each command has its own --help, with examples.",
     )
     parser.add_argument("--version", action="version", version="rock-model-service " + __version__)
@@ -3466,6 +5671,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     _add_watch(_add_command(commands, "watch-agent", command_watch_agent, "end the session when a process ends"))
     _add_anti_call(_add_command(commands, "anti-call-llm", command_anti_call_llm, "answer, and wait for the next call"))
     _add_command(commands, "stop", command_stop, "stop the service")
+    _add_traj(_add_command(commands, "traj", command_traj, "show a trajectory", has_data_dir=False))
     _add_command(commands, "demo", command_demo, "show the whole loop in two seconds", has_data_dir=False)
     return parser
 
@@ -3511,6 +5717,13 @@ def _add_anti_call(parser):
     answer.add_argument("--response", metavar="JSON", help="the answer to that request: a completion, or an error")
     answer.add_argument("--response-file", metavar="FILE", help="the same from a file, removed once read; -: stdin")
     parser.add_argument("--timeout", type=_timeout, metavar="SECONDS", help="how long to wait (default: no limit)")
+
+
+def _add_traj(parser):
+    parser.add_argument("file", metavar="FILE", help="a trajectory, as LLMTraj.jsonl; -: standard input")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--full", action="store_true", help="show what was said, too")
+    how.add_argument("--json", action="store_true", help="one JSON object a call, for scripts")
 
 
 def _timeout(text):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from support import run_cli, running
+from support import Proxy, run_cli, running
+from upstream import Upstream
 
 
 @pytest.fixture
@@ -10,6 +11,21 @@ def service(tmp_path):
     """A local service in this process."""
     with running(tmp_path) as service:
         yield service
+
+
+@pytest.fixture
+def upstream():
+    """A model's server in a process of its own, to be scripted."""
+    upstream = Upstream()
+    yield upstream
+    upstream.close()
+
+
+@pytest.fixture
+def proxy(tmp_path, upstream):
+    """A proxy in this process, in front of that server."""
+    with running(tmp_path, Proxy, upstream=upstream) as proxy:
+        yield proxy
 
 
 class Cli:

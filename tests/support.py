@@ -59,7 +59,7 @@ def nothing_left():
 
 
 class Service:
-    """A LocalServer in this process, on a free port, with its data in `directory`."""
+    """A service in this process, on a free port, with its data in `directory`."""
 
     def __init__(self, directory, is_resumed=False, earlier=None, **settings):
         self.data_dir = str(directory)
@@ -67,7 +67,8 @@ class Service:
         self.settings = rock_ms.ServiceSettings(**settings)
         self.paths = rock_ms.DataPaths.of(self.data_dir, self.settings)
         self.logged = []
-        self.server = rock_ms.LocalServer(self.settings, self.paths, self._logger(), is_resumed, earlier)
+        kind = {"local": rock_ms.LocalServer, "proxy": rock_ms.ProxyServer}[self.settings.type]
+        self.server = kind(self.settings, self.paths, self._logger(), is_resumed, earlier)
         self.port = self.server.http.port
         self.log = rock_ms.MarkerLog(self.paths.log_file)
 
@@ -107,11 +108,24 @@ class Service:
         return Later(lambda: ask(self.port, *args, **options))
 
 
+class Proxy(Service):
+    """A proxy in this process that waits for no next attempt: how long it would have waited is in `pauses`."""
+
+    def __init__(self, directory, upstream=None, **settings):
+        if upstream is not None:
+            settings.setdefault("proxy_base_url", upstream.url)
+        super().__init__(directory, type="proxy", **settings)
+        self.pauses = []
+        if self.settings.replay_file is None:
+            self.server.service.pause = lambda watch, seconds: self.pauses.append(seconds)
+            self.server.service.jitter = lambda: 0.5  # neither longer nor shorter
+
+
 @contextlib.contextmanager
-def running(directory, **options):
+def running(directory, kind=Service, **options):
     """A Service that answers, stopped at the end without leaving anything."""
     with nothing_left():
-        service = Service(directory, **options)
+        service = kind(directory, **options)
         service.server.start()
         try:
             yield service

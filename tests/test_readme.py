@@ -29,6 +29,8 @@ def test_settings_table_is_the_dataclass(readme):
         default = spec.default
         if spec.name == "proxy_rules":
             shown = "ROCK's two"
+        elif spec.name == "request_overrides":
+            shown = "none"
         elif isinstance(default, tuple):
             shown = code(",".join(map(str, default)))
         else:
@@ -40,11 +42,13 @@ def test_settings_table_is_the_dataclass(readme):
     assert [re.sub(" +", " ", row) for row in table.splitlines()[2:]] == rows
 
 
-def test_endpoints_table_has_every_route(readme, service):
-    router = service.server.http.router
+@pytest.mark.parametrize("kind", ["service", "proxy"])
+def test_endpoints_table_has_every_route(readme, kind, request):
+    router = request.getfixturevalue(kind).server.http.router
     for methods in list(router._exact.values()) + list(router._named.values()):
         for route in methods.values():
-            assert "%s %s" % (route.method, route.path.replace("{name}", "NAME")) in readme
+            shown = "any `/v1/...`" if route.method == "*" else "%s %s" % (route.method, route.path)
+            assert shown.replace("{name}", "NAME") in readme
 
 
 def test_commands_table_has_every_command(readme):
@@ -102,7 +106,7 @@ def test_loop_runs_as_shown(readme, tmp_path):
 
 def test_config_file_is_understood(readme, tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text(re.search(r"```yaml\n(.*?)```", readme, re.DOTALL).group(1))
+    path.write_text(re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)[-1])
     assert rock_ms.resolve_settings(rock_ms.ServiceSettings, {}, {}, str(path)).port == 9000
 
 
@@ -124,3 +128,39 @@ for prompt in ("one", "two"):
     urllib.request.urlopen(request, timeout=60).read()
 open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "agent.done"), "w").close()
 """
+
+
+def test_recording_replaying_and_routing_run_as_shown(readme, tmp_path, upstream):
+    """The section's commands, word for word but for the ports, the servers' addresses and where python3 is."""
+    section = readme.split("## Recording")[1].split("\n## ")[0]
+    record, replay, route = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    routes = re.search(r"```yaml\n(.*?)```", section, re.DOTALL).group(1)
+    port = free_port()
+    (tmp_path / "routes.yaml").write_text(re.sub(r"https?://\S+", upstream.url, routes))
+    (tmp_path / "upstream.key").write_text("sk-of-the-upstream\n")
+    (tmp_path / "my-agent").write_text("#!/bin/sh\nexec %s %s/agent.py\n" % (sys.executable, tmp_path))
+    (tmp_path / "my-agent").chmod(0o755)
+    (tmp_path / "agent.py").write_text(AGENT)
+    (tmp_path / "python3").symlink_to(sys.executable)
+    (tmp_path / "rock_ms.py").symlink_to(SCRIPT)
+    environ = clean_environ(ROCK_MODEL_SERVICE_DATA_DIR=str(tmp_path / "data"), OPENAI_API_KEY="of-the-agent")
+    environ["PATH"] = "%s:%s" % (tmp_path, environ["PATH"])
+    environ["OPENAI_BASE_URL"] = "http://localhost:%d/v1" % port
+
+    def shell(text):
+        script = text.replace("8080", str(port)).replace("https://api.openai.com/v1", upstream.url)
+        return subprocess.check_output(["sh", "-ec", script], cwd=str(tmp_path), env=environ, timeout=60).decode()
+
+    try:
+        recorded = shell(record)
+        assert [recorded.count(text) for text in ('"one"', '"two"', "answer:    hello")] == [1, 1, 2]
+        keys = [dict(request["headers"])["authorization"] for request in upstream.seen()]
+        assert keys == ["Bearer of-the-agent"] * 2
+        shell(replay)
+        assert len(upstream.seen()) == 2
+        shell(route)
+        third = upstream.seen()[2]
+        assert dict(third["headers"])["authorization"] == "Bearer sk-of-the-upstream"
+        assert b'"logprobs":true,"temperature":1.0' in third["body"]
+    finally:
+        run_cli("stop", check=0, env=environ)

@@ -17,26 +17,33 @@ WITH_FLAG = [spec for spec in SPECS.values() if spec.metadata["flag"]]
 
 # For each setting: a text and its value, then a value for the config file and what that becomes.
 GOOD = {
-    "type": ("local", "local", "local", "local"),
+    "type": ("proxy", "proxy", "local", "local"),
     "host": ("::1", "::1", "localhost", "localhost"),
     "port": ("0", 0, 65535, 65535),
     "api_key": ("sesame", "sesame", "poppy", "poppy"),
-    "request_timeout": ("unlimited", None, 1.5, 1.5),
+    "request_timeout": ("unlimited", float("inf"), 1.5, 1.5),
     "heartbeat_seconds": ("0.05", 0.05, 2, 2.0),
     "polling_interval_seconds": ("1e-2", 0.01, 0.5, 0.5),
     "max_body_bytes": ("1", 1, 2048, 2048),
     "log_file": ("a.log", "a.log", "/b/c.log", "/b/c.log"),
+    "recording_file": ("r.jsonl", "r.jsonl", "/s.jsonl", "/s.jsonl"),
     "traj_append_mode": ("Yes", True, True, True),
     "logging_path": ("here", "here", "/there", "/there"),
     "logging_file_name": ("x", "x", "y", "y"),
     "proxy_base_url": ("http://h:1/v1/", "http://h:1/v1", "https://h", "https://h"),
     "proxy_rules": (None, None, {"a": "http://b/", "c": "http://d/v1"}, {"a": "http://b", "c": "http://d/v1"}),
+    "upstream_api_key": ("sesame", "sesame", "poppy", "poppy"),
+    "request_overrides": ('{"n": 1}', {"n": 1}, {"logprobs": True}, {"logprobs": True}),
     "retryable_status_codes": ("500, 502", (500, 502), [429, "503"], (429, 503)),
+    "max_attempts": ("1", 1, 9, 9),
+    "retry_delay_seconds": ("0.5", 0.5, 3, 3.0),
+    "replay_file": ("r.jsonl", "r.jsonl", "/s.jsonl", "/s.jsonl"),
+    "replay_match": ("request", "request", "order", "order"),
 }
 
 # For each setting: the rule that its errors state, bad texts, and what else is bad in a config file.
 BAD = {
-    "type": ("must be local (the proxy type is not in this version)", ["remote", "Local", " local"], [1, True, []]),
+    "type": ("must be local or proxy", ["remote", "Local", " local"], [1, True, []]),
     "host": ("must be a text that is not empty", [""], [1, False, ["h"], {}]),
     "port": (
         "must be a whole number from 0 to 65535 (0: any free port)",
@@ -65,6 +72,7 @@ BAD = {
         [0, 1.0, True, [1], 10**15],
     ),
     "log_file": ("must be a text that is not empty", [""], [1, True, []]),
+    "recording_file": ("must be a text that is not empty", [""], [1, []]),
     "traj_append_mode": ("must be true or false", ["2", "y", "maybe"], [2, 1.0, [], "t"]),
     "logging_path": ("must be a text that is not empty", [""], [1, {}]),
     "logging_file_name": ("must be a text that is not empty", [""], [0, []]),
@@ -80,15 +88,30 @@ BAD = {
             "https://h/#f",
             "https://a b",
             "http://h\n",
+            "http://h:0/v1",
+            "http://h:65536",
+            "http://h:/v1",
+            'http://h/"',
+            "http://[::1/v1",
         ],
         [1, True, []],
     ),
     "proxy_rules": ("must be a mapping of model names to base URLs", [], ["http://h", [], 1, True]),
     "retryable_status_codes": (
-        "must be HTTP status codes, as 429,500",
+        "must be HTTP status codes, as 429,500, or none",
         ["", "429,", "429;500", "99", "600", "4xx", "-429", "²00", "429 500"],
         [42, True, [429, "x"], [429.0], [[429]], {}],
     ),
+    "upstream_api_key": ("must be printable ASCII without spaces", ["", "ses ame", "s\u00e9same"], [12345, ["sesame"]]),
+    "request_overrides": (
+        'must be a JSON object of request fields, as {"logprobs": true}',
+        ["", "[]", "{", "logprobs=true"],
+        [[], 1, "x", True],
+    ),
+    "max_attempts": ("must be a whole number above 0", ["0", "-1", "1.5", "", "9" * 7], [0, True, 1.0, []]),
+    "retry_delay_seconds": ("must be a number of seconds above 0", ["0", "-1", "x"], [0, False, []]),
+    "replay_file": ("must be a text that is not empty", [""], [1, []]),
+    "replay_match": ("must be order or request", ["", "Order", "both"], [1, True, []]),
 }
 
 
@@ -177,7 +200,7 @@ def test_null_in_a_config_file_is_the_default(tmp_path):
 @pytest.mark.parametrize("word", ["none", "None", "NONE", "unlimited"])
 def test_wait_without_limit_can_be_said_over_a_limit_in_the_config_file(tmp_path, word):
     config = config_of(tmp_path, {"request_timeout": 5})
-    assert resolve({"request_timeout": word}, {}, config).request_timeout is None
+    assert resolve({"request_timeout": word}, {}, config).wait_limit == float("inf")
 
 
 @pytest.mark.parametrize("words, value", [("true True 1 yes ON", True), ("false FALSE 0 no off", False)])
@@ -216,7 +239,7 @@ def test_bad_value_is_refused_with_its_source_the_rule_and_the_value(tmp_path, n
 
 
 def test_proxy_type_is_refused_as_not_in_this_version():
-    assert refusal({"type": "proxy"}).startswith("--type: must be local (the proxy type is not in this version)")
+    assert refusal({"type": "remote"}).startswith("--type: must be local or proxy")
 
 
 def test_bad_url_among_the_proxy_rules_is_refused(tmp_path):
