@@ -29,7 +29,7 @@ into any sandbox image.  It is read from top to bottom; each section uses only w
 
     Names and limits . JSON text . Errors . Marker records . HTTP messages . Completions and streams . Settings
     . Files . Marker log . Anti-call . Trajectory . Processes . HTTP server . Local service . Upstreams
-    . Proxy service . Replay service . Reading trajectories . Command line
+    . Proxy service . Replay service . Servers . Reading trajectories . Command line
 """
 
 from __future__ import annotations
@@ -2695,7 +2695,8 @@ class Exchange:
         self._route, name = service.router.find(head.method, head.path)
         if not self._route.is_open:
             service.authorise(head)
-        if head.method in ("POST", "PUT", "PATCH") and head.content_length is None and not head.is_chunked:
+        needs_body = self._route.method in ("POST", "PUT", "PATCH")
+        if needs_body and head.content_length is None and not head.is_chunked:
             raise ApiError(411, "a %s needs a Content-Length, or a chunked body" % head.method)
         body = self._connection.read_body(head)
         self._has_unread = False
@@ -3518,6 +3519,21 @@ class LocalService:
             Route("GET", "/v1/models/{name}", self.get_model),
         ]
 
+    def gauges(self) -> dict:
+        """Numbers for /metrics."""
+        return self.session.gauges()
+
+    def start(self) -> None:
+        """Follow the log.  Raises StorageError."""
+        self.session.start()
+
+    def stop(self) -> None:
+        """End waiting calls with 503."""
+        self.session.stop()
+
+    def close(self) -> None:
+        """Nothing is left."""
+
     def chat_completions(self, request: Request) -> Reply:
         """Hand the call to the trainer, and its answer back."""
         call = LocalCall(self, request)
@@ -3536,49 +3552,17 @@ class LocalService:
         return json_reply(model_object(unquote(request.name)))
 
 
-class LocalServer:
-    """A local service with all that it is made of, started and stopped in the right order.
+def local_service(settings, paths: DataPaths, log: MarkerLog, logger, is_resumed, earlier: dict) -> LocalService:
+    """The service of the local type.  Raises StorageError.
 
-    It listens at once and answers from `start` on.  is_resumed: go on with the files of the earlier session, which are
-    set aside otherwise.  earlier: the state that its service left (see ServiceState).  on_watch: told what is watched.
-    Raises RockError where it cannot listen, StorageError where a file cannot be used.
+    is_resumed: go on with the files of the earlier session.  earlier: the state that its service left.
     """
-
-    def __init__(
-        self, settings, paths: DataPaths, logger, is_resumed=False, earlier=None, on_watch=lambda watched: None
-    ):
-        log, trajectory = MarkerLog(paths.log_file), AppendFile(paths.traj_file)
-        if is_resumed:
-            trajectory.close_torn_line()
-        recorded = recorded_turns(paths.traj_file) if is_resumed else {}
-        was_killed = "pid" in (earlier or {})
-        self.session = LocalSession(log, settings.polling_interval_seconds, logger, recorded, was_killed)
-        self._watch = AgentWatch(self.session, logger, on_watch)
-        service = LocalService(self.session, trajectory, settings, logger)
-        routes = service.routes() + [self._watch.route()]
-        host, port, key = settings.host, settings.port, settings.api_key
-        gauges, limit = self.session.gauges, settings.max_body_bytes
-        self.http = HTTPService(host, port, routes, logger, settings.type, gauges, key, limit)
-        try:
-            if not is_resumed:
-                paths.set_earlier_aside(settings.traj_append_mode, logger)
-            log.prepare()
-            self.session.start()
-            if is_resumed and not self.session.has_ended:
-                self._watch.resume(watched_by(earlier or {}))
-        except BaseException:
-            self.stop()
-            raise
-
-    def start(self) -> None:
-        """Begin to answer."""
-        self.http.start()
-
-    def stop(self) -> None:
-        """End waiting calls with 503, then every thread."""
-        self.session.stop()
-        self.http.stop()
-        self._watch.stop()
+    trajectory = AppendFile(paths.traj_file)
+    if is_resumed:
+        trajectory.close_torn_line()
+    recorded = recorded_turns(paths.traj_file) if is_resumed else {}
+    session = LocalSession(log, settings.polling_interval_seconds, logger, recorded, was_killed="pid" in earlier)
+    return LocalService(session, trajectory, settings, logger)
 
 
 # ======================================================================================================================
@@ -3991,8 +3975,10 @@ class UpstreamPool:
         return connection
 
     def _tls_context(self):
-        import ssl
-
+        try:
+            import ssl
+        except ImportError:
+            raise UpstreamError("this Python has no ssl module, which https needs", is_final=True) from None
         with self._lock:
             if self._tls is None:
                 self._tls = ssl.create_default_context()
@@ -4131,8 +4117,8 @@ def base_url_of(settings: ServiceSettings, model: str | None) -> str:
 class ForwardedRequest:
     """A client's request, as a proxy has to understand it.
 
-    value: its body where that is a JSON object, else None.  sent_body: what goes upstream.  overridden: the names of
-    the fields that `request_overrides` set.  secrets: the keys in its header.
+    sent_body: what goes upstream.  value: that, where it is a JSON object, else None.  overridden: the names of the
+    fields that `request_overrides` set.  secrets: the keys in its header.
     """
 
     def __init__(self, request: Request, overrides: dict):
@@ -4146,7 +4132,8 @@ class ForwardedRequest:
         if self.head.header("content-encoding", "identity").lower() == "identity":
             self._read_json()
         if overrides and self.value is not None:
-            self.sent_body = dump_json({**self.value, **overrides}).encode("utf-8")
+            self.value = {**self.value, **overrides}
+            self.sent_body = dump_json(self.value).encode("utf-8")
             self.overridden = tuple(overrides)
 
     def _check_path(self):
@@ -4238,13 +4225,13 @@ def body_text(body: bytes) -> tuple[str | None, str | None]:
 
 
 class GzipBody:
-    """Undoes a body's gzip or deflate as it comes, to at most MAX_BODY_BYTES; what is broken ends it."""
+    """Undoes a body's gzip as it comes, to at most MAX_BODY_BYTES; `is_broken` where it cannot be undone further."""
 
     def __init__(self):
         import zlib
 
         self._zlib = zlib
-        self._inflate = zlib.decompressobj(32 + zlib.MAX_WBITS)
+        self._inflate = zlib.decompressobj(16 + zlib.MAX_WBITS)
         self._left = MAX_BODY_BYTES
         self.is_broken = False
 
@@ -4262,7 +4249,7 @@ class GzipBody:
             self.is_broken = self._left < 0
             data = self._inflate.unused_data
             if data:  # several gzip members make one body
-                self._inflate = self._zlib.decompressobj(32 + self._zlib.MAX_WBITS)
+                self._inflate = self._zlib.decompressobj(16 + self._zlib.MAX_WBITS)
         return b"".join(pieces)
 
 
@@ -4278,7 +4265,7 @@ class RecordedAnswer:
 
     def __init__(self, head: ResponseHead, is_completion: bool):
         coding = head.header("content-encoding", "identity").lower()
-        self._unzip = GzipBody() if coding in ("gzip", "x-gzip", "deflate") else None
+        self._unzip = GzipBody() if coding in ("gzip", "x-gzip") else None
         is_readable = self._unzip is not None or coding in ("identity", "")
         self._content_type = head.header("content-type")
         self.is_stream = is_readable and _is_event_stream(head)
@@ -4322,6 +4309,8 @@ class RecordedAnswer:
             text, error = (None if value is None else dump_json(value)), self._events.error
         else:
             text, kind, error = self._body_text()
+        if self._unzip and self._unzip.is_broken:
+            error = "the answer's gzip is broken"
         if self._status >= 400 and error is None:
             error = "the upstream answered %d" % self._status
         more = {"response_format": kind} if kind else {}
@@ -4398,9 +4387,11 @@ class ProxyCall:
     def _delay(self, failure):
         """How long to wait for the next attempt; None where this one was the last."""
         service, head = self._service, None if failure else self._response.head
-        if failure.is_final if failure else head.status not in service.retries.status_codes:
-            return None
-        if head and not self._response.is_done:  # it was too long to be held, or came too slowly
+        if failure:
+            is_worth_it = not failure.is_final
+        else:  # an answer that is not whole was too long to be held, or came too slowly
+            is_worth_it = head.status in service.retries.status_codes and self._response.is_done
+        if not is_worth_it:
             return None
         delay = service.retries.delay(self._attempts, head.headers if head else (), service.clock(), service.jitter())
         if delay is not None:
@@ -4513,20 +4504,22 @@ class ProxyCall:
 class ProxyService:
     """The endpoints of the proxy type.
 
-    settings: ServiceSettings.  trajectory: an AppendFile.  proxies: as from `http_proxies`.  logger: as from `logging`.
-    For tests: clock: seconds since the epoch; pause: (ClientWatch, seconds) -> None; jitter: () -> 0 to 1.
+    session: a ProxySession.  settings: ServiceSettings.  trajectory: an AppendFile.  proxies: as from `http_proxies`.
+    logger: as from `logging`.  Tests replace clock: () -> seconds since the epoch; pause: (ClientWatch, seconds),
+    which raises ClientGone, or ApiError 503 where the service stops; jitter: () -> 0 to 1.
     """
 
-    def __init__(self, settings, trajectory, proxies, logger, clock=time.time, pause=None, jitter=None):
+    def __init__(self, session, settings, trajectory, proxies, logger):
         import socket
         from random import random
 
+        self.session = session
         self.settings = settings
         self.trajectory = trajectory
         self.logger = logger
-        self.clock = clock
-        self.pause = pause or self._pause
-        self.jitter = jitter or random
+        self.clock = time.time
+        self.pause = self._pause
+        self.jitter = random
         self.retries = RetryPolicy(settings.max_attempts, settings.retry_delay_seconds, settings.retryable_status_codes)
         self._pool = UpstreamPool(proxies)
         urls = [settings.proxy_base_url] if settings.proxy_base_url else settings.proxy_rules.values()
@@ -4543,6 +4536,9 @@ class ProxyService:
     def gauges(self) -> dict:
         """Numbers for /metrics."""
         return {"rock_proxy_idle_upstream_connections": self._pool.idle_count()}
+
+    def start(self) -> None:
+        """Nothing has to be read first."""
 
     def stop(self) -> None:
         """End every wait for another attempt with 503.  Calls that are being answered go on."""
@@ -4592,7 +4588,6 @@ class ProxyService:
         return text
 
     def _pause(self, watch, seconds):
-        """Wait for the next attempt.  Raises ClientGone; ApiError 503 where the service stops."""
         import select
 
         if watch.wait(self._stop_receiver, select.POLLIN, watch.clock() + seconds):
@@ -4739,10 +4734,11 @@ class Recording:
 class ReplayService:
     """The endpoints of the proxy type when it replays.
 
-    recording: a Recording.  logger: as from `logging`.  clock: seconds since the epoch.
+    session: a ProxySession.  recording: a Recording.  logger: as from `logging`.  clock: seconds since the epoch.
     """
 
-    def __init__(self, recording: Recording, logger, clock=time.time):
+    def __init__(self, session, recording: Recording, logger, clock=time.time):
+        self.session = session
         self._recording = recording
         self._logger = logger
         self._clock = clock
@@ -4757,6 +4753,9 @@ class ReplayService:
     def gauges(self) -> dict:
         """Numbers for /metrics."""
         return {"rock_replay_calls_left": self._recording.left()}
+
+    def start(self) -> None:
+        """Nothing has to be read first."""
 
     def stop(self) -> None:
         """Nothing waits here."""
@@ -4792,8 +4791,8 @@ def replayed_reply(call: RecordedCall, asked: ForwardedRequest, now: float) -> R
         reply = _replayed_bytes(call, kind)
     elif call.status >= 400 and not is_partial:
         reply = Reply(call.status, dump_json(response).encode("utf-8"))
-    elif asked.is_stream:
-        reply = Reply(200, _replayed_events(call, now), SSE_TYPE, SSE_HEADERS)
+    elif asked.is_stream or (kind == "events" and not call.value.get("stream")):  # some paths stream unasked
+        reply = Reply(200 if is_partial else call.status, _replayed_events(call, now), SSE_TYPE, SSE_HEADERS)
     else:
         reply = _replayed_whole(call)
     return replace(reply, status=200, body=b"", pieces=_cut_off(reply.body)) if is_partial else reply
@@ -4894,26 +4893,40 @@ class ProxySession:
         self._log.append_session_end()
 
 
-class ProxyServer:
-    """A proxy, forwarding or replaying, with all that it is made of; as LocalServer."""
+def proxy_service(settings, paths: DataPaths, log: MarkerLog, logger, *_) -> ProxyService | ReplayService:
+    """The service of the proxy type, forwarding or replaying.  Raises UsageError."""
+    session = ProxySession(log)
+    if settings.replay_file:
+        return ReplayService(session, Recording(settings.replay_file, settings.replay_match == "request"), logger)
+    return ProxyService(session, settings, AppendFile(paths.traj_file), http_proxies(os.environ), logger)
+
+
+# ======================================================================================================================
+# Servers: a service of either type with all around it, started and stopped in the right order.
+# ======================================================================================================================
+
+_SERVICES = {"local": local_service, "proxy": proxy_service}
+
+
+class ModelServer:
+    """A service with its HTTP server, its files and its watch over agents.
+
+    It listens at once and answers from `start` on.  is_resumed: go on with the files of the earlier session, which are
+    set aside otherwise.  earlier: the state that its service left (see ServiceState).  on_watch: told what is watched.
+    Raises RockError where it cannot listen, StorageError where a file cannot be used, UsageError for a bad recording.
+    """
 
     def __init__(
         self, settings, paths: DataPaths, logger, is_resumed=False, earlier=None, on_watch=lambda watched: None
     ):
-        log, trajectory = MarkerLog(paths.log_file), AppendFile(paths.traj_file)
-        self.session = ProxySession(log)
+        log, earlier = MarkerLog(paths.log_file), earlier or {}
+        self.service = _SERVICES[settings.type](settings, paths, log, logger, is_resumed, earlier)
+        self.session = self.service.session
         self._watch = AgentWatch(self.session, logger, on_watch)
-        if settings.replay_file:
-            recording = Recording(settings.replay_file, settings.replay_match == "request")
-            self.service = ReplayService(recording, logger)
-        else:
-            self.service = ProxyService(settings, trajectory, http_proxies(os.environ), logger)
+        routes, gauges = self.service.routes() + [self._watch.route()], self.service.gauges
+        host, port, key, limit = settings.host, settings.port, settings.api_key, settings.max_body_bytes
         try:
-            routes = self.service.routes() + [self._watch.route()]
-            gauges, limit = self.service.gauges, settings.max_body_bytes
-            self.http = HTTPService(
-                settings.host, settings.port, routes, logger, settings.type, gauges, settings.api_key, limit
-            )
+            self.http = HTTPService(host, port, routes, logger, settings.type, gauges, key, limit)
         except BaseException:
             self.service.stop()
             self.service.close()
@@ -4922,8 +4935,9 @@ class ProxyServer:
             if not is_resumed:
                 paths.set_earlier_aside(settings.traj_append_mode or settings.replay_file is not None, logger)
             log.prepare()
-            if is_resumed:
-                self._watch.resume(watched_by(earlier or {}))
+            self.service.start()
+            if is_resumed and not self.session.has_ended:
+                self._watch.resume(watched_by(earlier))
         except BaseException:
             self.stop()
             raise
@@ -4933,7 +4947,7 @@ class ProxyServer:
         self.http.start()
 
     def stop(self) -> None:
-        """End calls that wait for another attempt with 503, let the others end, then end every thread."""
+        """End the calls that wait for something else than their answer with 503, then every thread."""
         self.service.stop()
         self.http.stop()
         self._watch.stop()
@@ -5232,7 +5246,6 @@ def run_service(settings: ServiceSettings, paths: DataPaths, is_resumed: bool, r
 def _serve_until_signal(settings, paths, is_resumed, ready_fd, state, signals):
     earlier = state.read()
     pid = os.getpid()
-    kind = {"local": LocalServer, "proxy": ProxyServer}[settings.type]
     published = {"type": settings.type, "pid": pid, "identity": process_identity(pid), "log_file": paths.log_file}
     published["has_api_key"] = settings.api_key is not None
 
@@ -5246,7 +5259,7 @@ def _serve_until_signal(settings, paths, is_resumed, ready_fd, state, signals):
     logger = open_logger(paths.logging_file, is_loud=ready_fd is None)
     publish(watched=earlier.get("watched", {}) if is_resumed else {})
     try:
-        server = kind(settings, paths, logger, is_resumed, earlier, on_watch)
+        server = ModelServer(settings, paths, logger, is_resumed, earlier, on_watch)
     except BaseException:
         state.write(earlier)
         raise

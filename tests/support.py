@@ -67,8 +67,7 @@ class Service:
         self.settings = rock_ms.ServiceSettings(**settings)
         self.paths = rock_ms.DataPaths.of(self.data_dir, self.settings)
         self.logged = []
-        kind = {"local": rock_ms.LocalServer, "proxy": rock_ms.ProxyServer}[self.settings.type]
-        self.server = kind(self.settings, self.paths, self._logger(), is_resumed, earlier)
+        self.server = rock_ms.ModelServer(self.settings, self.paths, self._logger(), is_resumed, earlier)
         self.port = self.server.http.port
         self.log = rock_ms.MarkerLog(self.paths.log_file)
 
