@@ -120,7 +120,7 @@ def _refuse_constant(name):
     raise ValueError("%s is not a JSON value" % name)
 
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
@@ -143,13 +143,30 @@ def compact_json(text: str) -> str:
 
 
 def dump_json(value: object) -> str:
-    """A value as one line of JSON that can be encoded as UTF-8, lone surrogates included."""
-    text = _ENCODER.encode(value)
+    """A value as one line of JSON that can be encoded as UTF-8, lone surrogates included.
+
+    A number that was too large for a float, as 1e400, becomes the largest one: Infinity is no JSON.
+    """
+    try:
+        text = _ENCODER.encode(value)
+    except ValueError:
+        value = _finite(value)
+        text = _ENCODER.encode(value)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         text = json.dumps(value, separators=(",", ":"))
     return text
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    if isinstance(value, float):
+        return max(-sys.float_info.max, min(sys.float_info.max, value))
+    return value
 
 
 def json_object(text: str, what: str) -> tuple[str, dict]:
@@ -366,6 +383,7 @@ _METHOD = re.compile(_TOKEN.encode() + rb"\Z")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t \x21-\x7e\x80-\xff]*)?\Z")
 _TARGET = re.compile(rb"[\x21-\x7e]+\Z")
 _HOST = re.compile(r"[\w.~!$&'()*+,;=%:\[\]-]*\Z", re.ASCII)
+_LONE_LF = re.compile(rb"(?<!\r)\n")
 _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n)")
 _VERSION = re.compile(rb"HTTP/([0-9])\.([0-9])\Z")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?\Z")
@@ -376,13 +394,13 @@ _JSON_TYPE = re.compile(r"application/(?:[\w.+-]+\+)?json\Z")
 class RequestHead:
     """A request's first line and header.
 
-    path: the target's path as sent.  query: what follows "?".  headers: (lower-case name, value) pairs in order.
-    content_length: bytes, None where the message has no such field.
+    path: the target's path as sent.  query: what follows "?", None where there is none.  headers: (lower-case name,
+    value) pairs in order.  content_length: bytes, None where the message has no such field.
     """
 
     method: str
     path: str
-    query: str
+    query: str | None
     is_http10: bool
     headers: tuple = ()
     content_length: int | None = None
@@ -437,12 +455,12 @@ def _parse_request_line(line):
 
 
 def _split_target(target):
-    path, _, query = target.partition("?")
+    path, mark, query = target.partition("?")
     if path.lower().startswith(("http://", "https://")):
         path = "/" + path.split("//", 1)[1].partition("/")[2]
     if not path.startswith("/") and path != "*":
         raise ProtocolError(400, "the request target is neither a path nor an http URL")
-    return path, query
+    return path, query if mark else None
 
 
 def _parse_field(line):
@@ -455,7 +473,7 @@ def _parse_field(line):
     name = re.match(_TOKEN + ":", text)
     if not name:
         raise ProtocolError(400, "a header line is not 'Name: value'")
-    raise ProtocolError(400, "the header field %s has a control character" % name.group()[:-1])
+    raise ProtocolError(400, "a header field has a control character", param=name.group()[:-1])
 
 
 def _values(headers, name):
@@ -525,6 +543,8 @@ def parse_response_head(head: bytes, is_head: bool = False) -> ResponseHead:
         headers = tuple(map(_parse_field, lines))
     except ProtocolError as error:
         raise ProtocolError(502, "in the response, %s" % error) from None
+    if match.group(1) == b"0" and any(name.lower() == "transfer-encoding" for name, _ in headers):
+        raise ProtocolError(502, "Transfer-Encoding in an HTTP/1.0 response")
     status, lowered = int(match.group(2)), tuple((name.lower(), value) for name, value in headers)
     length, is_chunked = _response_framing(lowered)
     if is_head or status in (204, 304):
@@ -739,12 +759,13 @@ def sse_event(value: object) -> bytes:
     return b"data: " + dump_json(value).encode("utf-8") + b"\n\n"
 
 
-def completion_chunks(answer: dict, request: dict, index: int, now: float) -> list:
+def completion_chunks(answer: dict, request: dict, index: int, now: float, is_whole: bool = True) -> list:
     """The `chat.completion.chunk` objects that add up to a completion.
 
     answer: the completion as the trainer wrote it; a bare message (`{"content": ...}`) will do, as in ROCK's tests.
     request: the agent's request, for `model` and `stream_options.include_usage`.  index: the turn, for ids that are
-    missing.  now: seconds, for a missing `created`.  Raises ValueError for an answer with neither choices nor message.
+    missing.  now: seconds, for a missing `created`.  is_whole: False for the beginning of an answer, whose choices have
+    not all come to their `finish_reason`.  Raises ValueError for an answer with neither choices nor message.
     """
     base = {"id": "chatcmpl-%d" % index, "created": int(now), "model": request.get("model", "")}
     base.update((key, answer[key]) for key in _EVERY_CHUNK_KEYS if answer.get(key) is not None)
@@ -753,7 +774,7 @@ def completion_chunks(answer: dict, request: dict, index: int, now: float) -> li
     extra = {key: value for key, value in answer.items() if key not in known}
     chunks = []
     for position, choice in enumerate(_choices(answer)):
-        for delta in _choice_deltas(choice, position, index):
+        for delta in _choice_deltas(choice, position, index, is_whole):
             chunks.append({**base, **({} if chunks else extra), "choices": [delta]})
     options = request.get("stream_options")
     if isinstance(options, dict) and options.get("include_usage") and answer.get("usage") is not None:
@@ -770,7 +791,7 @@ def _choices(answer):
     return choices
 
 
-def _choice_deltas(choice, position, index):
+def _choice_deltas(choice, position, index, is_whole):
     """The `choices[0]` of each chunk that one choice becomes."""
     message = choice.get("message")
     if message is None:
@@ -782,6 +803,7 @@ def _choice_deltas(choice, position, index):
     rest = {k: v for k, v in message.items() if k not in ("role", "content", "tool_calls") and v is not None}
     content = message.get("content")
     deltas = [{"role": message.get("role") or "assistant"}]
+    deltas[0].update({"content": None} if content is None and "content" in message else {})
     deltas += [{key: rest.pop(key)} for key in ("reasoning_content", "reasoning") if key in rest]
     deltas += [{"content": content}] if content is not None else []
     deltas += [{"tool_calls": [call]} for call in calls]
@@ -789,8 +811,9 @@ def _choice_deltas(choice, position, index):
     extra = {k: v for k, v in choice.items() if k not in ("index", "message", "text", "delta", "finish_reason")}
     for delta in deltas:
         yield {"index": number, "delta": delta, "finish_reason": None}
-    finish = choice.get("finish_reason") or ("tool_calls" if calls else "stop")
-    yield {"index": number, "delta": {}, "finish_reason": finish, **extra}
+    finish = choice.get("finish_reason") or (("tool_calls" if calls else "stop") if is_whole else None)
+    if finish or extra:
+        yield {"index": number, "delta": {}, "finish_reason": finish, **extra}
 
 
 def _tool_call_deltas(calls, choice_number, index):
@@ -855,9 +878,16 @@ def error_status(answer: dict) -> int | None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 _WHOLE = frozenset(("id", "type", "role", "index", "format", "finish_reason", "stop_reason"))
-_MAX_MERGED_DEPTH = 50
+_MAX_OPEN_ENTRIES = 128  # of a list, to which further pieces may belong
+_MAX_UNFINISHED_BYTES = 64 * 1024  # looked at with each line that is added to it
+_MAX_EVENT_DEPTH = 50  # of nested objects and lists; what is deeper is kept as text
 # What tells a client of the APIs that have such events that the stream is over, before its last byte.
 _LAST_EVENTS = frozenset(("response.completed", "response.failed", "response.incomplete", "message_stop"))
+
+
+def is_last_event(name: str | None, data: str) -> bool:
+    """Whether a client can see by this event that its stream is over."""
+    return data == "[DONE]" or name in _LAST_EVENTS
 
 
 class EventParser:
@@ -879,6 +909,12 @@ class EventParser:
         blocks = bytes(self._buffer[:end]).split(b"\n\n")
         del self._buffer[: end + 2]
         return [event for event in map(_parse_event, blocks) if event]
+
+    def unfinished(self) -> tuple | None:
+        """The event that lacks but its empty line, unless it is a long one; None where there is none."""
+        if not self._buffer.endswith(b"\n") or len(self._buffer) > _MAX_UNFINISHED_BYTES:
+            return None
+        return _parse_event(bytes(self._buffer))
 
     def end(self) -> list:
         """The stream is over: the event that lacked its empty line, which some servers forget."""
@@ -938,7 +974,7 @@ class CompletionEvents:
             chunk = parse_json(data)
         except ValueError:
             chunk = None
-        if isinstance(chunk, dict):
+        if isinstance(chunk, dict) and not _is_deep(data, chunk):
             self._add_chunk(chunk)
         elif "\n" in data:  # events without the empty line between them
             for line in data.split("\n"):
@@ -953,10 +989,10 @@ class CompletionEvents:
                     if isinstance(choice, dict):
                         index = choice.get("index")
                         number = index if type(index) is int else position
-                        _merge(self._choices.setdefault(number, {}), choice, 0)
+                        _merge(self._choices.setdefault(number, {}), choice)
             elif value is not None:
                 self._whole[key] = value
-                self.error = error_message(chunk) if key == "error" else self.error
+        self.error = error_message(chunk) or self.error
 
     def response(self) -> dict | None:
         """The completion so far; None where nothing came."""
@@ -985,11 +1021,19 @@ def _whole_choice(number, choice):
     return whole
 
 
+def _is_deep(text, value, depth=0):
+    """Whether a value is nested too deeply to be added up; most texts tell by having few brackets."""
+    if not depth and text.count("{") + text.count("[") <= _MAX_EVENT_DEPTH:
+        return False
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > _MAX_EVENT_DEPTH or any(_is_deep(text, part, depth + 1) for part in parts)
+
+
 class _Text(list):
     """The pieces of a text."""
 
 
-def _merge(into, more, depth):
+def _merge(into, more):
     """Add an object to the one that earlier pieces have made."""
     for key, value in more.items():
         old = into.get(key)
@@ -997,16 +1041,14 @@ def _merge(into, more, depth):
             into.setdefault(key, None)
         elif isinstance(value, str):
             _merge_text(into, key, old, value)
-        elif depth >= _MAX_MERGED_DEPTH:
-            into[key] = value
         elif isinstance(value, dict):
             if not isinstance(old, dict):
                 old = into[key] = {}
-            _merge(old, value, depth + 1)
+            _merge(old, value)
         elif isinstance(value, list):
             if not isinstance(old, list) or isinstance(old, _Text):
                 old = into[key] = [{"type": "text", "text": old}] if old else []
-            _merge_list(old, value, key == "tool_calls", depth + 1)
+            _merge_list(old, value, key == "tool_calls")
         else:
             into[key] = value
 
@@ -1024,7 +1066,7 @@ def _merge_text(into, key, old, value):
         into[key] = _Text([value])
 
 
-def _merge_list(entries, more, are_calls, depth):
+def _merge_list(entries, more, are_calls):
     for item in more:
         if not isinstance(item, dict):
             entries.append(item)
@@ -1033,7 +1075,7 @@ def _merge_list(entries, more, are_calls, depth):
         if entry is None:
             entry = {}
             entries.append(entry)
-        _merge(entry, item, depth)
+        _merge(entry, item)
 
 
 def _entry_of(entries, item, are_calls):
@@ -1044,11 +1086,12 @@ def _entry_of(entries, item, are_calls):
     index = item.get("index")
     if type(index) is not int and not are_calls:
         return None
-    same = [entry for entry in entries if isinstance(entry, dict) and entry.get("index") == index]
+    open_entries = entries[-_MAX_OPEN_ENTRIES:]
+    same = [entry for entry in open_entries if isinstance(entry, dict) and entry.get("index") == index]
     if not same:
         return None
     if are_calls and item.get("id") and same[-1].get("id"):
-        return next((entry for entry in same if entry["id"] == item["id"]), None)
+        return next((entry for entry in same if entry.get("id") == item["id"]), None)
     return same[-1]
 
 
@@ -1082,8 +1125,10 @@ class OtherEvents:
             value = parse_json(data)
         except ValueError:
             value = data
+        if isinstance(value, str) or _is_deep(data, value):
+            value = data
         kind = name or (value.get("type") if isinstance(value, dict) else None)
-        self.is_over = self.is_over or data == "[DONE]" or kind in _LAST_EVENTS
+        self.is_over = self.is_over or is_last_event(kind, data)
         if isinstance(value, dict) and (kind == "error" or "error" in value):
             self.error = error_message(value) or self.error
         self._events.append({"event": name, "data": value} if name else {"data": value})
@@ -2307,14 +2352,14 @@ class ServiceState:
 class Reply:
     """What a route's handler returns.
 
-    body: the whole body, or `pieces`: an iterator of bytes, each sent as it comes.  An exception out of `pieces` breaks
-    the connection, so that a client never takes a part for the whole.  length: of all pieces, where it is known.
-    content_type: None where `headers` has it.  Framing fields among the headers are those of a body which is not
-    sent, as after HEAD.  done: called once, with whether all was sent.  note: () -> words for the request's log line.
+    body: the whole body; None where there is none, and the headers say all that is to be said of it, as after HEAD.
+    Or `pieces`: an iterator of bytes, each sent as it comes.  An exception out of `pieces` breaks the connection, so
+    that a client never takes a part for the whole.  length: of all pieces, where it is known.  content_type: None where
+    `headers` has it.  done: called once, with whether all was sent.  note: () -> words for the request's log line.
     """
 
     status: int = 200
-    body: bytes = b""
+    body: bytes | None = b""
     content_type: str | None = "application/json"
     headers: tuple = ()
     pieces: object = None
@@ -2554,7 +2599,7 @@ class Connection:
                 head = bytes(self._buffer[:end])
                 del self._buffer[: end + 4]
                 return parse_request_head(head)
-            if re.search(rb"(?<!\r)\n", self._buffer):
+            if _LONE_LF.search(self._buffer):
                 raise ProtocolError(400, "a line of the request header does not end in CRLF")
             if not self._receive(deadline):
                 if not self._buffer:
@@ -2588,7 +2633,7 @@ class Connection:
 
     def _receive(self, deadline, idle=False):
         """Read what there is into the buffer; False at the end of what the client sends."""
-        while True:
+        while self._clock() < deadline:
             try:
                 data = self.sock.recv(SEND_PIECE_BYTES)
                 self._buffer += data
@@ -2597,10 +2642,10 @@ class Connection:
                 pass
             except OSError as error:
                 raise ClientGone from error
-            if not self._wait(self._READABLE, deadline):
-                if idle:
-                    return False
-                raise ProtocolError(408, "the request came too slowly")
+            self._wait(self._READABLE, deadline)
+        if idle:
+            return False
+        raise ProtocolError(408, "the request came too slowly")
 
     def write(self, data: bytes) -> None:
         """Send all of it.  Raises ClientGone, also where the client does not take a piece within SEND_SECONDS."""
@@ -2625,6 +2670,15 @@ class Connection:
         left = deadline - self._clock()
         self._poll.register(self.sock, event)
         return left > 0 and bool(self._poll.poll(left * 1000))
+
+    def reset(self) -> None:
+        """Close the connection so that the client sees it break."""
+        import socket
+        import struct
+
+        with contextlib.suppress(OSError):
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.sock.close()
 
     def linger(self) -> None:
         """After an early refusal: take what the client still sends, for a moment, so that it can read the refusal."""
@@ -2711,7 +2765,7 @@ class Exchange:
     def _send(self, reply):
         keep_alive = bool(self._head and self._head.keep_alive) and not self._has_unread
         keep_alive = keep_alive and not self._service.stopping.is_set()
-        status, size, is_sent = 499, len(reply.body), False
+        status, size, is_sent = 499, 0, False
         try:
             size = self._write(reply, keep_alive)
             status, is_sent = reply.status, True
@@ -2720,11 +2774,16 @@ class Exchange:
         except ReplyBroken as error:
             status = 502
             self._service.logger.warning("the reply to %s broke off: %s", self._name(), error)
+            if self._head.is_http10:  # to which only a reset tells the break from the end
+                self._connection.reset()
         except Exception:
             status = 500
             self._service.logger.exception("the reply to %s broke off", self._name())
         if reply.done:
-            reply.done(is_sent)
+            try:
+                reply.done(is_sent)
+            except Exception:
+                self._service.logger.exception("the end of the reply to %s failed", self._name())
         self._write_down(status, size, reply.note())
         if self._has_unread:
             self._connection.linger()
@@ -2735,15 +2794,15 @@ class Exchange:
         headers = self._headers(reply, keep_alive)
         if reply.pieces is None:
             is_head = self._head is not None and self._head.method == "HEAD"
-            self._connection.write(response_head(reply.status, headers) + (b"" if is_head else reply.body))
-            return len(reply.body)
+            body = b"" if is_head or reply.body is None or reply.status in (204, 304) else reply.body
+            self._connection.write(response_head(reply.status, headers) + body)
+            return len(body)
         return self._write_pieces(reply, headers)
 
     def _headers(self, reply, keep_alive):
         headers = [] if reply.content_type is None else [("Content-Type", reply.content_type)]
         headers += reply.headers
         given = {name.lower() for name, _ in reply.headers}
-        is_framed = "content-length" in given or "transfer-encoding" in given
         if "date" not in given:
             headers.append(("Date", _http_date(int(time.time()))))
         if not keep_alive:
@@ -2751,7 +2810,7 @@ class Exchange:
         if reply.pieces is not None and reply.length is None:
             if not self._head.is_http10:
                 headers.append(("Transfer-Encoding", "chunked"))
-        elif not is_framed and reply.status not in (204, 304):
+        elif reply.body is not None and reply.status not in (204, 304):
             headers.append(("Content-Length", len(reply.body) if reply.pieces is None else reply.length))
         return headers
 
@@ -2760,7 +2819,7 @@ class Exchange:
         is_chunked = reply.length is None and not self._head.is_http10
         with contextlib.closing(reply.pieces) as pieces:
             write(response_head(reply.status, headers))
-            for piece in pieces:
+            for piece in filter(None, pieces):  # an empty one would be the last chunk
                 size += len(piece)
                 write(b"%x\r\n%s\r\n" % (len(piece), piece) if is_chunked else piece)
         if is_chunked:
@@ -2806,7 +2865,7 @@ class HTTPService:
         self._listener = _listen(self, host, port)
         self.host, self.port = self._listener.server_address[:2]
         self.hangups = HangupWatcher()
-        self._thread = threading.Thread(target=self._listener.serve_forever, args=(0.1,), name="rock-accept")
+        self._thread = threading.Thread(target=self._listener.serve_forever, args=(0.5,), name="rock-accept")
 
     def _common_routes(self, kind, gauges):
         about = {"service": "rock-model-service", "version": __version__, "type": kind}
@@ -2826,8 +2885,12 @@ class HTTPService:
 
         seconds: the time they have; connections still open after it are cut off.
         """
+        import socket
+
         self.stopping.set()
         if self._thread.ident is not None:
+            with contextlib.suppress(OSError):  # or its thread would notice at its next look at `shutdown` only
+                self._listener.socket.shutdown(socket.SHUT_RDWR)
             self._listener.shutdown()
             self._thread.join()
         self._listener.server_close()
@@ -3597,6 +3660,7 @@ class ClientWatch:
 
         self.clock = clock
         self._client = client
+        self._has_more = False
         self._poll = select.poll()
         self._poll.register(client, select.POLLIN)
 
@@ -3609,7 +3673,7 @@ class ClientWatch:
                 left = deadline - self.clock()
                 if left <= 0:
                     return False
-                ready = [number for number, _ in self._poll.poll(min(left, IDLE_SECONDS) * 1000 + 1)]
+                ready = [number for number, _ in self._poll.poll(min(left, IDLE_SECONDS) * 1000)]
                 if descriptor in ready:
                     return True
                 if ready:
@@ -3618,11 +3682,14 @@ class ClientWatch:
             self._poll.unregister(descriptor)
 
     def _look_at_client(self):
-        is_gone = _peek(self._client)
+        is_gone = self._has_more or _peek(self._client)
         if is_gone:
             raise ClientGone
-        if is_gone is False:  # it sends its next request already: nothing more can be seen
-            self._poll.unregister(self._client)
+        if is_gone is False:  # it sends its next request already; its end can still be seen, on Linux
+            import select
+
+            self._has_more = True
+            self._poll.register(self._client, getattr(select, "POLLRDHUP", 0))
 
 
 @dataclass(frozen=True)
@@ -3703,8 +3770,11 @@ class UpstreamConnection:
         self.origin = origin
         self.idle_since = 0.0
 
-    def send(self, data: bytes, watch: ClientWatch, deadline: float) -> bool:
-        """Send all of it; False where the upstream takes no more, and may have said why.  Raises UpstreamError."""
+    def send(self, data: bytes, watch: ClientWatch, silence: float) -> bool:
+        """Send all of it; False where the upstream takes no more, and may have said why.  Raises UpstreamError.
+
+        silence: for how many seconds it may take nothing.
+        """
         import select
 
         view = memoryview(data)
@@ -3715,23 +3785,29 @@ class UpstreamConnection:
                 event = _awaited(error, select.POLLOUT)
                 if event is None:
                     return False
-                self._wait(event, watch, deadline)
+                # Some answer, and refuse, before they have read a long body.  (With TLS what comes may be no answer.)
+                may_answer = isinstance(error, BlockingIOError)
+                self._wait(event | (select.POLLIN if may_answer else 0), watch, watch.clock() + silence)
+                if may_answer and _is_readable(self.sock):
+                    return False
         return True
 
     def receive(self, watch: ClientWatch, deadline: float) -> bytes | None:
         """What has come; b"" where the upstream has closed, None where nothing came.  Raises UpstreamError."""
         import select
 
-        while True:
+        while watch.clock() < deadline:
             try:
                 return self.sock.recv(SEND_PIECE_BYTES)
             except OSError as error:
                 event = _awaited(error, select.POLLIN)
+                if event is None and getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING":
+                    return b""  # as Pythons after 3.7 say it: many servers end TLS without a word
                 if event is None:
                     reason = error.strerror or error
                     raise UpstreamError("the upstream broke the connection: %s" % reason, is_stale=True) from None
-                if not watch.wait(self.sock, event, deadline):
-                    return None
+                watch.wait(self.sock, event, deadline)
+        return None
 
     def read_head(self, is_head: bool, watch: ClientWatch, deadline: float) -> tuple[ResponseHead, bytes]:
         """The next response's header, and what came behind it.  Raises UpstreamError, is_stale where nothing came."""
@@ -3739,12 +3815,14 @@ class UpstreamConnection:
         while True:
             end = buffer.find(b"\r\n\r\n")
             if end > MAX_HEAD_BYTES or (end < 0 and len(buffer) > MAX_HEAD_BYTES):
-                raise UpstreamError("the upstream's response header is longer than %d bytes" % MAX_HEAD_BYTES)
+                raise _unreadable("its header is longer than %d bytes" % MAX_HEAD_BYTES)
             if end >= 0:
                 head, buffer = _response_head_of(bytes(buffer[:end]), is_head), buffer[end + 4 :]
                 if head.status >= 200:
                     return head, bytes(buffer)
                 continue
+            if not b"HTTP/1.".startswith(bytes(buffer[:7])) or _LONE_LF.search(buffer):
+                raise _unreadable("what came is no HTTP/1.1 response")
             try:
                 data = self.receive(watch, deadline)
             except UpstreamError as error:
@@ -3790,6 +3868,10 @@ class UpstreamConnection:
         self.sock.close()
 
 
+def _unreadable(why):
+    return UpstreamError("the upstream's answer cannot be read: %s" % why, is_final=True)
+
+
 def _silent():
     return UpstreamError("the upstream was silent for too long", 504)
 
@@ -3807,9 +3889,9 @@ def _response_head_of(head, is_head):
     try:
         parsed = parse_response_head(head, is_head)
     except ProtocolError as error:
-        raise UpstreamError("the upstream's answer cannot be read: %s" % error) from None
+        raise _unreadable(error) from None
     if parsed.status == 101:
-        raise UpstreamError("the upstream switched to another protocol, unasked")
+        raise _unreadable("it switches to another protocol, unasked")
     return parsed
 
 
@@ -3826,6 +3908,11 @@ class UpstreamResponse:
         self._give_back = give_back
         if self._decoder.is_done:
             self.read()
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether the body says where it ends."""
+        return not isinstance(self._decoder, UnboundedBody)
 
     @property
     def is_done(self) -> bool:
@@ -3846,7 +3933,7 @@ class UpstreamResponse:
             try:
                 body = self._decoder.feed(data)
             except ProtocolError as error:
-                raise UpstreamError("the upstream's answer cannot be read: %s" % error) from None
+                raise _unreadable(error) from None
             if self._decoder.is_done:
                 self._finish()
             if body:
@@ -3864,8 +3951,7 @@ class UpstreamResponse:
 
     def _finish(self):
         connection, self._connection = self._connection, None
-        is_bounded = not isinstance(self._decoder, UnboundedBody)
-        if is_bounded and self.head.keep_alive and not self._decoder.rest:
+        if self.is_bounded and self.head.keep_alive and not self._decoder.rest:
             self._give_back(connection)
         else:
             connection.close()
@@ -3906,21 +3992,20 @@ class UpstreamPool:
             target = "http://%s%s" % (origin.authority, target)
             headers = headers + ([("Proxy-Authorization", proxy.authorization)] if proxy.authorization else [])
         data = request_head(method, target, [("Host", origin.authority)] + headers) + body
-        deadline = watch.clock() + timeout
         connection = self._take(origin)
         if connection:
             try:
-                return self._exchange(connection, data, method == "HEAD", watch, deadline, timeout)
+                return self._exchange(connection, data, method == "HEAD", watch, timeout)
             except UpstreamError as error:
                 if not error.is_stale:
                     raise
-        connection = self._connect(origin, proxy, watch, deadline)
-        return self._exchange(connection, data, method == "HEAD", watch, deadline, timeout)
+        connection = self._connect(origin, proxy, watch, watch.clock() + timeout)
+        return self._exchange(connection, data, method == "HEAD", watch, timeout)
 
-    def _exchange(self, connection, data, is_head, watch, deadline, timeout):
+    def _exchange(self, connection, data, is_head, watch, timeout):
         try:
-            is_sent = connection.send(data, watch, deadline)
-            head, rest = connection.read_head(is_head, watch, deadline)
+            is_sent = connection.send(data, watch, timeout)
+            head, rest = connection.read_head(is_head, watch, watch.clock() + timeout)
             head = head if is_sent else replace(head, keep_alive=False)
             return UpstreamResponse(connection, head, rest, watch, timeout, self._give_back)
         except BaseException:
@@ -3943,15 +4028,21 @@ class UpstreamPool:
         now = time.monotonic()
         connection.idle_since = now
         with self._lock:
-            kept = self._idle.setdefault(connection.origin, [])
-            kept.append(connection)
-            old = [kept.pop(0)] if now - kept[0].idle_since > POOL_SECONDS or self._is_full() else []
-            self._idle_count += 1 - len(old)
-        for connection in old:
+            self._idle.setdefault(connection.origin, []).append(connection)
+            surplus = self._surplus(now)
+            self._idle_count += 1 - len(surplus)
+        for connection in surplus:
             connection.close()
 
-    def _is_full(self):
-        return self._is_closed or self._idle_count >= MAX_IDLE_UPSTREAMS
+    def _surplus(self, now):
+        """Take out what has been idle for too long, and one where there are too many."""
+        surplus = []
+        for kept in self._idle.values():
+            while kept and now - kept[0].idle_since > POOL_SECONDS:
+                surplus.append(kept.pop(0))
+        if self._is_closed or self._idle_count - len(surplus) >= MAX_IDLE_UPSTREAMS:
+            surplus.append(next(kept for kept in self._idle.values() if kept).pop(0))
+        return surplus
 
     def _proxy_for(self, origin):
         proxy = self._proxies.get(origin.scheme) or self._proxies.get("all")
@@ -3999,7 +4090,7 @@ def _open_tunnel(connection, proxy, watch, deadline):
     origin = connection.origin
     where = "%s:%d" % ("[%s]" % origin.host if ":" in origin.host else origin.host, origin.port)
     headers = [("Host", where)] + ([("Proxy-Authorization", proxy.authorization)] if proxy.authorization else [])
-    connection.send(request_head("CONNECT", where, headers), watch, deadline)
+    connection.send(request_head("CONNECT", where, headers), watch, deadline - watch.clock())
     head, rest = connection.read_head(True, watch, deadline)
     if not 200 <= head.status < 300 or rest:
         is_final = head.status in (403, 407)
@@ -4010,12 +4101,8 @@ def _connected_socket(origin, watch, deadline):
     """A socket that is connected to the origin, by the first of its addresses that answers.  Raises UpstreamError."""
     import socket
 
-    try:
-        addresses = socket.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise UpstreamError("cannot resolve %s: %s" % (origin.host, getattr(error, "strerror", error))) from None
     failure = None
-    for family, kind, protocol, _, address in addresses:
+    for family, kind, protocol, _, address in _addresses_of(origin, watch, deadline):
         sock = None
         try:
             sock = socket.socket(family, kind, protocol)
@@ -4033,6 +4120,35 @@ def _connected_socket(origin, watch, deadline):
     is_late = _is_timeout(failure)
     reason = "no answer" if is_late else failure.strerror or failure
     raise UpstreamError("cannot connect to %s: %s" % (origin.authority, reason), 504 if is_late else 502)
+
+
+def _addresses_of(origin, watch, deadline):
+    """As from getaddrinfo.  It can take long and cannot be interrupted, so that a name is looked up in a thread."""
+    import select
+    import socket
+
+    def resolve(flags=0):
+        return socket.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM, flags=flags)
+
+    def work():
+        try:
+            found.extend(resolve())
+        except (OSError, UnicodeError) as error:
+            failures.append(getattr(error, "strerror", None) or error)
+        finally:
+            sender.close()
+
+    with contextlib.suppress(OSError, UnicodeError):
+        return resolve(socket.AI_NUMERICHOST)
+    found, failures = [], []
+    receiver, sender = socket.socketpair()
+    with receiver:
+        threading.Thread(target=work, name="rock-resolve", daemon=True).start()
+        if not watch.wait(receiver, select.POLLIN, deadline):
+            raise UpstreamError("cannot resolve %s: no answer" % origin.host, 504)
+    if not found:
+        raise UpstreamError("cannot resolve %s: %s" % (origin.host, failures[0]))
+    return found
 
 
 def _connect_socket(sock, address, watch, deadline):
@@ -4062,7 +4178,7 @@ def _connect_socket(sock, address, watch, deadline):
 _KEY_HEADERS = ("authorization", "x-api-key", "api-key", "x-goog-api-key")
 _SET_ANEW = frozenset(("host", "content-length", "expect", "accept-encoding", "via"))
 _STREAM_TYPE = re.compile(r"text/event-stream\b", re.IGNORECASE)
-_DOT_SEGMENT = re.compile(r"/(?:\.|%2e){1,2}(?:[/;]|%2f|%5c|\\|\Z)", re.IGNORECASE)
+_DOT_SEGMENT = re.compile(r"(?:/|%2f|%5c|\\)(?:\.|%2e){1,2}(?:[/;\\]|%2f|%5c|\Z)", re.IGNORECASE)
 _MODEL_LIST = re.compile(r"/v1/models(?:/|\Z)")
 
 
@@ -4074,8 +4190,10 @@ def retry_after(headers: tuple, now: float) -> float | None:
             return float(by_name[name]) / unit
     from email.utils import mktime_tz, parsedate_tz
 
-    date = parsedate_tz(by_name.get("retry-after", ""))
-    return max(0.0, mktime_tz(date) - now) if date else None
+    try:
+        return max(0.0, mktime_tz(parsedate_tz(by_name.get("retry-after", ""))) - now)
+    except (ValueError, OverflowError, TypeError):  # no date, or one of the year 99999
+        return None
 
 
 @dataclass(frozen=True)
@@ -4114,11 +4232,63 @@ def base_url_of(settings: ServiceSettings, model: str | None) -> str:
     return url
 
 
+class Secrets:
+    """Keys that must not be written down, though an upstream may have sent them back.
+
+    is_cut: whether what is searched was cut off, perhaps in the middle of a key.  Only what is long enough is taken for
+    a key: agents are given words like "unused".
+    """
+
+    def __init__(self, keys: list, is_cut: bool = False):
+        long_enough = {key for key in keys if key and len(key) >= MIN_SECRET_LENGTH}
+        self._keys = sorted(long_enough, key=len, reverse=True)  # or the end of one that begins as another would stay
+        self._is_cut = is_cut
+
+    def hide(self, text: str | None) -> str | None:
+        """A text without them."""
+        for key in self._keys if text else ():
+            text = text.replace(key, "[key]")
+            beginnings = range(len(key) - 1, MIN_SECRET_LENGTH - 1, -1) if self._is_cut else ()
+            size = next((size for size in beginnings if text.endswith(key[:size])), 0)
+            text = text[:-size] + "[key]" if size else text
+        return text
+
+    def hide_in_json(self, text: str | None) -> str | None:
+        """A JSON text without them, however its strings write their characters."""
+        if not text or not self._keys or not self._may_hold_some(text):
+            return text
+        return _STRING_OR_SPACE.sub(self._hide_in_token, text)
+
+    def _may_hold_some(self, text):
+        is_plain = not self._is_cut and "\\/" not in text and "\\u00" not in text
+        return not is_plain or any(dump_json(key)[1:-1] in text for key in self._keys)
+
+    def _hide_in_token(self, match):
+        token = match.group()
+        if not match.group(1) or len(token) < MIN_SECRET_LENGTH:
+            return token
+        string = parse_json(token)
+        hidden = self.hide(string)
+        return token if hidden == string else dump_json(hidden)
+
+    def in_body(self, body: bytes) -> tuple[str | None, str | None]:
+        """A body that is no JSON, as the JSON text of a string, and what that holds: "text" or "base64"; else None."""
+        if not body:
+            return None, None
+        try:
+            return dump_json(self.hide(body.decode("utf-8"))), "text"
+        except UnicodeDecodeError:
+            from base64 import b64encode
+
+            text = self.hide(body.decode("latin-1"))
+            return dump_json(b64encode(text.encode("latin-1")).decode()), "base64"
+
+
 class ForwardedRequest:
     """A client's request, as a proxy has to understand it.
 
     sent_body: what goes upstream.  value: that, where it is a JSON object, else None.  overridden: the names of the
-    fields that `request_overrides` set.  secrets: the keys in its header.
+    fields that `request_overrides` set.  keys: those in its header.
     """
 
     def __init__(self, request: Request, overrides: dict):
@@ -4126,14 +4296,14 @@ class ForwardedRequest:
         self.value = None
         self.sent_body = request.body
         self.overridden = ()
-        self.secrets = [value.rpartition(" ")[2] for name, value in self.head.headers if name in _KEY_HEADERS]
+        self.keys = [value.rpartition(" ")[2] for name, value in self.head.headers if name in _KEY_HEADERS]
         self._check_path()
         self._is_json = False
         if self.head.header("content-encoding", "identity").lower() == "identity":
             self._read_json()
         if overrides and self.value is not None:
+            self.sent_body = _with_overrides(self.sent_body, self.value, overrides)
             self.value = {**self.value, **overrides}
-            self.sent_body = dump_json(self.value).encode("utf-8")
             self.overridden = tuple(overrides)
 
     def _check_path(self):
@@ -4159,8 +4329,14 @@ class ForwardedRequest:
         if model is None and self.head.path.startswith("/v1/models/"):
             from urllib.parse import unquote
 
-            return unquote(self.head.path[len("/v1/models/") :])
+            name = unquote(self.head.path[len("/v1/models/") :])
+            return name if self.is_lookup else name.rpartition(":")[0] or name  # as in gemini-pro:generateContent
         return model if isinstance(model, str) else None
+
+    @property
+    def is_lookup(self) -> bool:
+        """Whether it asks which models there are, and none of them."""
+        return self.head.method in ("GET", "HEAD") and bool(_MODEL_LIST.match(self.head.path))
 
     @property
     def is_stream(self) -> bool:
@@ -4170,7 +4346,7 @@ class ForwardedRequest:
     @property
     def target(self) -> str:
         """The path behind `/v1`, and the query."""
-        return self.head.path[len("/v1") :] + ("?" + self.head.query if self.head.query else "")
+        return self.head.path[len("/v1") :] + ("" if self.head.query is None else "?" + self.head.query)
 
     def upstream_headers(self, settings: ServiceSettings, via: str) -> list:
         """The header fields to send upstream, without Host."""
@@ -4185,12 +4361,19 @@ class ForwardedRequest:
             headers.append(("content-length", len(self.sent_body)))
         return headers + [("via", ", ".join(_values(self.head.headers, "via") + [via]))]
 
-    def text(self) -> tuple[str | None, dict]:
+    def text(self, secrets: Secrets) -> tuple[str | None, dict]:
         """The body sent upstream as JSON text on one line, None for none; and what says how to read it otherwise."""
         if self._is_json:
-            return one_line(self.sent_body.decode("utf-8")), {}
-        text, kind = body_text(self.sent_body)
+            return secrets.hide_in_json(one_line(self.sent_body.decode("utf-8"))), {}
+        text, kind = secrets.in_body(self.sent_body)
         return text, {"request_format": kind} if kind else {}
+
+
+def _with_overrides(body, value, overrides):
+    """A JSON object's text with fields set; what the agent wrote stays as it was, unless it has one of them."""
+    if any(name in value for name in overrides):
+        return dump_json({**value, **overrides}).encode("utf-8")
+    return body.rstrip()[:-1] + (b"," if value else b"") + dump_json(overrides)[1:].encode("utf-8")
 
 
 def _with_key(headers, key):
@@ -4212,18 +4395,6 @@ def one_line(text: str) -> str:
     return compact_json(text) if "\n" in text or "\r" in text else text
 
 
-def body_text(body: bytes) -> tuple[str | None, str | None]:
-    """A body that is no JSON, as the JSON text of a string, and what that holds: "text" or "base64"; None for none."""
-    if not body:
-        return None, None
-    try:
-        return dump_json(body.decode("utf-8")), "text"
-    except UnicodeDecodeError:
-        from base64 import b64encode
-
-        return dump_json(b64encode(body).decode()), "base64"
-
-
 class GzipBody:
     """Undoes a body's gzip as it comes, to at most MAX_BODY_BYTES; `is_broken` where it cannot be undone further."""
 
@@ -4233,24 +4404,34 @@ class GzipBody:
         self._zlib = zlib
         self._inflate = zlib.decompressobj(16 + zlib.MAX_WBITS)
         self._left = MAX_BODY_BYTES
+        self._is_between = True  # two members, or before the first
         self.is_broken = False
 
     def feed(self, data: bytes) -> bytes:
         """What the bytes become."""
-        pieces = []
+        # In small slices: what follows a member is copied with each, and a body may be made of empty members.
+        slices = [data[start : start + 4096] for start in range(0, len(data), 4096)]
+        return b"".join([piece for part in slices for piece in self._inflated(part)])
+
+    def _inflated(self, data):
         while data and not self.is_broken:
+            self._is_between = False
             try:
                 piece = self._inflate.decompress(data, self._left + 1)
             except self._zlib.error:
                 self.is_broken = True
-                break
-            pieces.append(piece)
+                return
+            yield piece[: self._left]
             self._left -= len(piece)
             self.is_broken = self._left < 0
             data = self._inflate.unused_data
-            if data:  # several gzip members make one body
+            if self._inflate.eof:  # several gzip members make one body
                 self._inflate = self._zlib.decompressobj(16 + self._zlib.MAX_WBITS)
-        return b"".join(pieces)
+                self._is_between = True
+
+    def end(self) -> None:
+        """No more will come: in the middle of a member, it is broken."""
+        self.is_broken = self.is_broken or not self._is_between
 
 
 def _is_event_stream(head):
@@ -4260,7 +4441,8 @@ def _is_event_stream(head):
 class RecordedAnswer:
     """What is written down of an answer, gathered as it passes.
 
-    head: of the response.  is_completion: whether a stream of it holds a completion's chunks.
+    head: of the response.  is_completion: whether a stream of it holds a completion's chunks.  What is longer than
+    MAX_BODY_BYTES is gathered so far, and said to be too long.
     """
 
     def __init__(self, head: ResponseHead, is_completion: bool):
@@ -4269,12 +4451,18 @@ class RecordedAnswer:
         is_readable = self._unzip is not None or coding in ("identity", "")
         self._content_type = head.header("content-type")
         self.is_stream = is_readable and _is_event_stream(head)
-        self.size = 0
+        self._size = 0
         self._status = head.status
         self._parser = EventParser()
         self._events = CompletionEvents() if is_completion else OtherEvents()
         self._body = bytearray()
+        self._is_too_long = False
         self._coding = None if is_readable else coding
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether any of the body has come."""
+        return self._size > 0
 
     @property
     def is_over(self) -> bool:
@@ -4283,50 +4471,70 @@ class RecordedAnswer:
 
     @property
     def is_finished(self) -> bool:
-        """Whether a stream that just stops has said all."""
-        return not self.is_stream or self._events.is_finished
+        """Whether a body that just stops has said all, as far as can be told."""
+        if self.is_stream:
+            return self._events.is_finished
+        is_json = self._coding is None and _JSON_TYPE.match(
+            (self._content_type or "").partition(";")[0].strip().lower()
+        )
+        return not is_json or _is_json(self._body)
 
     def feed(self, data: bytes) -> None:
         """Take more of the body."""
-        self.size += len(data)
-        data = self._unzip.feed(data) if self._unzip else data
+        self._is_too_long = self._is_too_long or self._size + len(data) > MAX_BODY_BYTES
+        if self._is_too_long:
+            data = data[: MAX_BODY_BYTES - self._size]
+        self._size += len(data)
+        data = self._unzip.feed(data) if self._unzip and data else data
         if self.is_stream:
-            for name, text in self._parser.feed(data):
-                self._events.add(name, text)
-        elif len(self._body) + len(data) <= MAX_BODY_BYTES:
+            self._add(self._parser.feed(data))
+            unfinished = self._parser.unfinished()
+            if unfinished and is_last_event(*unfinished):  # some clients read lines, and do not wait for the empty one
+                self._add(self._parser.end())
+        else:
             self._body += data
 
     def end(self) -> None:
         """All of the body has come."""
+        if self._unzip:
+            self._unzip.end()
         if self.is_stream:
-            for name, text in self._parser.end():
-                self._events.add(name, text)
+            self._add(self._parser.end())
 
-    def text(self) -> tuple[str | None, str | None, dict]:
+    def _add(self, events):
+        for name, text in events:
+            self._events.add(name, text)
+
+    def text(self, secrets: Secrets) -> tuple[str | None, str | None, dict]:
         """The answer so far as JSON text, what went wrong with it, and further fields for the record."""
         if self.is_stream:
             value, kind = self._events.response(), self._events.kind
-            text, error = (None if value is None else dump_json(value)), self._events.error
+            text, error = (None if value is None else secrets.hide_in_json(dump_json(value))), self._events.error
         else:
-            text, kind, error = self._body_text()
-        if self._unzip and self._unzip.is_broken:
-            error = "the answer's gzip is broken"
-        if self._status >= 400 and error is None:
-            error = "the upstream answered %d" % self._status
+            text, kind, error = self._body_text(secrets)
         more = {"response_format": kind} if kind else {}
         if kind in ("text", "base64"):
-            more["content_type"] = self._content_type
+            more["content_type"] = secrets.hide(self._content_type)
         if self._coding:
             more["content_encoding"] = self._coding
-        return text, error, more
+        return text, secrets.hide(self._what_is_wrong() or error), more
 
-    def _body_text(self):
+    def _what_is_wrong(self):
+        if self._unzip and self._unzip.is_broken:
+            return "the answer's gzip is broken, or too long to be recorded"
+        return "the answer is too long to be recorded whole" if self._is_too_long else None
+
+    def _body_text(self, secrets):
         try:
             text = self._body.decode("utf-8")
             value = parse_json(text)
         except ValueError:
-            return body_text(bytes(self._body)) + (None,)
-        return one_line(text), None, error_message(value) if self._status >= 400 else None
+            (text, kind), value = secrets.in_body(bytes(self._body)), None
+        else:
+            text, kind = secrets.hide_in_json(one_line(text)), None
+        if self._status < 400:
+            return text, kind, None
+        return text, kind, error_message(value) or "the upstream answered %d" % self._status
 
 
 class ProxyCall:
@@ -4338,8 +4546,8 @@ class ProxyCall:
         self._request = ForwardedRequest(request, service.settings.request_overrides)
         self._watch = ClientWatch(request.sock)
         self._attempts = 0
-        self._response = None  # of the upstream, while it comes
-        self._answer = None  # the RecordedAnswer of that
+        self._response = None  # of the upstream, to the last attempt
+        self._answer = None  # the RecordedAnswer of that, from its header on
         self._is_recorded = False
 
     def reply(self) -> Reply:
@@ -4350,11 +4558,10 @@ class ProxyCall:
             self._record_quietly(error.status, str(error))
             raise
         except ClientGone:
-            self._record_quietly(499, self._service.hangup_reason())
+            has_begun = self._answer is not None and self._answer.has_begun
+            self._record_quietly(499, self._service.hangup_reason(), is_partial=has_begun)
+            self._close_response()
             raise
-        finally:
-            if self._response and not self._response.is_done and self._answer is None:
-                self._response.close()
 
     def _held_answer(self):
         """What came of the answer to the last attempt before it had to be passed on, as a list of pieces."""
@@ -4364,7 +4571,7 @@ class ProxyCall:
         headers = request.upstream_headers(service.settings, service.via_of(request))
         while True:
             self._attempts += 1
-            failure, held = None, []
+            failure, held, self._answer = None, [], None
             try:
                 self._response = service.send(
                     upstream, request.head.method, target, headers, request.sent_body, self._watch
@@ -4372,11 +4579,13 @@ class ProxyCall:
                 held = self._hold()
             except UpstreamError as error:
                 self._close_response()
+                self._answer = None
                 failure = error
             delay = self._delay(failure)
             if delay is None:
                 break
             self._close_response()
+            self._answer = None
             service.pause(self._watch, delay)
         if failure:
             raise ApiError(
@@ -4404,54 +4613,57 @@ class ProxyCall:
         head, response, clock = self._response.head, self._response, self._watch.clock
         is_stream = head.status < 300 and (self._request.is_stream or _is_event_stream(head))
         until, limit = clock() + self._service.settings.heartbeat_seconds, 0 if is_stream else HOLD_BYTES
+        self._answer = RecordedAnswer(head, self._request.head.path.rstrip("/").endswith("/completions"))
         held, size = [], 0
         while not response.is_done and size <= limit:
             piece = response.read(until)
             if piece is None:
                 break
+            self._take(piece)
             held.append(piece)
             size += len(piece)
         return held
 
-    def _reply(self, held):
-        response, head = self._response, self._response.head
-        self._answer = RecordedAnswer(head, self._request.head.path.rstrip("/").endswith("/completions"))
-        headers = end_to_end(head.headers)
-        if self._request.head.method != "HEAD" and head.status not in (204, 304):
-            headers = [(name, value) for name, value in headers if name.lower() != "content-length"]
-        elif head.header("transfer-encoding"):
-            headers.append(("Transfer-Encoding", "chunked"))
-        common = {"content_type": None, "headers": tuple(headers), "done": self._close, "note": self._note}
-        if response.is_done:
-            body = b"".join(held)
-            self._answer.feed(body)
-            self._answer.end()
-            self._record(head.status)
-            return Reply(head.status, body, **common)
-        return Reply(head.status, pieces=self._pieces(held), length=head.content_length, **common)
-
-    def _pieces(self, held):
-        """The answer as it comes; the record is written before the piece with which the client sees its end."""
-        for piece in held:
-            self._take(piece)
-            yield piece
-        try:
-            while not self._response.is_done:
-                piece = self._response.read()
-                self._take(piece)
-                if piece:
-                    yield piece
-        except UpstreamError as error:
-            self._record_quietly(error.status, str(error), is_partial=True)
-            raise
-
     def _take(self, piece):
+        """Gather a piece of the answer.  Raises UpstreamError where its end is none."""
         self._answer.feed(piece)
         if self._response.is_done:
             self._answer.end()
-            is_bounded = self._response.head.content_length is not None or self._response.head.is_chunked
-            if not is_bounded and not self._answer.is_finished:
-                raise UpstreamError("the upstream closed the connection before its stream was over")
+            if not self._response.is_bounded and not self._answer.is_finished:
+                raise UpstreamError("the upstream closed the connection before its answer was over")
+
+    def _reply(self, held):
+        response, head = self._response, self._response.head
+        headers = end_to_end(head.headers)
+        is_head = self._request.head.method == "HEAD"
+        if not is_head and head.status != 304:
+            headers = [(name, value) for name, value in headers if name.lower() != "content-length"]
+        elif is_head and head.header("transfer-encoding"):
+            headers.append(("Transfer-Encoding", "chunked"))
+        common = {"content_type": None, "headers": tuple(headers), "done": self._close, "note": self._note}
+        if response.is_done:
+            self._record(head.status)
+            return Reply(head.status, None if is_head else b"".join(held), **common)
+        return Reply(head.status, pieces=self._pieces(held), length=head.content_length, **common)
+
+    def _pieces(self, held):
+        """The answer as it comes; its record is written before the piece with which the client sees its end."""
+        try:
+            self._record_if_over()
+            yield from held
+            while not self._response.is_done:
+                piece = self._response.read()
+                self._take(piece)
+                self._record_if_over()
+                yield piece
+        except UpstreamError as error:
+            self._record_quietly(error.status, str(error), is_partial=True)
+            raise
+        except StorageError as error:
+            self._record_quietly(500, "the answer could not be recorded", is_partial=True)
+            raise ReplyBroken("it cannot be recorded: %s" % error) from None
+
+    def _record_if_over(self):
         if (self._response.is_done or self._answer.is_over) and not self._is_recorded:
             self._record(self._response.head.status)
 
@@ -4465,37 +4677,34 @@ class ProxyCall:
             self._response.close()
 
     def _record_quietly(self, status, error, is_partial=False):
-        """Write down a call that failed, unless it is written down."""
+        """Write down a call that failed, unless it is written down; try only once."""
         if self._is_recorded:
             return
         try:
             self._record(status, error, is_partial)
         except StorageError as failure:
             self._service.logger.error("a call that failed is not in the trajectory: %s", failure)
+            self._is_recorded = True
 
     def _record(self, status, error=None, is_partial=False):
-        request, request_more = self._request.text()
-        response, wrong, more = self._answer.text() if self._answer else (None, None, {})
-        more = {"method": self._request.head.method, "path": self._request.head.path, **request_more, **more}
+        if not self._request.is_lookup:
+            self._service.trajectory.append(self._call_record(status, error, is_partial).line())
+        self._is_recorded = True
+
+    def _call_record(self, status, error, is_partial):
+        request, head, secrets = self._request, self._request.head, self._service.secrets_of(self._request, is_partial)
+        text, more = request.text(secrets)
+        response, wrong, answer_more = self._answer.text(secrets) if self._answer else (None, None, {})
+        more = {"method": head.method, "path": secrets.hide(head.path), **more, **answer_more}
         more["attempts"] = self._attempts
         if is_partial:
             more["partial"] = True
-        if self._request.overridden:
-            more["overridden"] = self._request.overridden
-        record = CallRecord(
-            self._service.without_secrets(request, self._request.secrets),
-            self._service.without_secrets(response, self._request.secrets),
-            self._request.model,
-            self._request.is_stream,
-            status,
-            self._service.without_secrets(error or wrong, self._request.secrets),
-            self._start_time,
-            time.monotonic() - self._began,
-            more=more,
-        )
-        if not _MODEL_LIST.match(self._request.head.path):  # looked up, not asked: no call of a model
-            self._service.trajectory.append(record.line())
-        self._is_recorded = True
+        if request.overridden:
+            more["overridden"] = request.overridden
+        seconds = time.monotonic() - self._began
+        error = secrets.hide(error) or wrong
+        model = secrets.hide(request.model)
+        return CallRecord(text, response, model, request.is_stream, status, error, self._start_time, seconds, more=more)
 
     def _note(self):
         return "attempts=%d" % self._attempts
@@ -4525,7 +4734,6 @@ class ProxyService:
         urls = [settings.proxy_base_url] if settings.proxy_base_url else settings.proxy_rules.values()
         self._upstreams = {url: Upstream.of(url) for url in urls}
         self._via = "1.1 rock-%s" % os.urandom(4).hex()
-        self._secrets = [settings.upstream_api_key, settings.api_key]
         self._stop_receiver, self._stop_sender = socket.socketpair()
         self._is_stopping = False
 
@@ -4577,15 +4785,9 @@ class ProxyService:
         """Why a client is gone."""
         return "the service stopped" if self._is_stopping else "the client hung up"
 
-    def without_secrets(self, text: str | None, secrets: list) -> str | None:
-        """A JSON text without the keys that an upstream may have sent back.
-
-        Only what is long enough to be a key is taken for one: agents are given words like "unused".
-        """
-        for secret in self._secrets + secrets if text else ():
-            if secret and len(secret) >= MIN_SECRET_LENGTH:
-                text = text.replace(dump_json(secret)[1:-1], "[key]")
-        return text
+    def secrets_of(self, request: ForwardedRequest, is_partial: bool) -> Secrets:
+        """What must not be written down of a call."""
+        return Secrets([self.settings.upstream_api_key, self.settings.api_key] + request.keys, is_partial)
 
     def _pause(self, watch, seconds):
         import select
@@ -4616,6 +4818,7 @@ class RecordedCall:
     method: str
     path: str
     status: int
+    overridden: tuple
 
     @classmethod
     def of(cls, line: bytes) -> RecordedCall:
@@ -4624,15 +4827,15 @@ class RecordedCall:
         if "response" not in value or "request" not in value:
             raise ValueError("a call needs both request and response")
         method, path = value.get("method", "POST"), value.get("path", "/v1/chat/completions")
+        overridden = value.get("overridden", [])
         if not isinstance(method, str) or not isinstance(path, str):
             raise ValueError("method and path must be strings")
-        return cls(value, method, path.rstrip("/"), recorded_status(value))
-
-    @property
-    def request_key(self) -> bytes:
-        """What equal requests have in common."""
-        overridden = self.value.get("overridden")
-        return request_key(self.value["request"], tuple(overridden) if isinstance(overridden, list) else ())
+        if not isinstance(overridden, list) or not all(isinstance(name, str) for name in overridden):
+            raise ValueError("overridden must be an array of strings")
+        status = recorded_status(value)
+        if status < 200:
+            raise ValueError("%d is not the status of an answer" % status)
+        return cls(value, method, path.rstrip("/"), status, tuple(overridden))
 
 
 def request_key(request: object, overridden: tuple) -> bytes:
@@ -4653,7 +4856,7 @@ class Recording:
         self._path = path
         self._is_by_request = is_by_request
         self._lock = threading.Lock()
-        self._places = {}  # (method, path[, request key]) -> [offset], the next one last
+        self._places = {}  # (method, path[, request key]) -> [(offset, hash of the line)], the next one last
         self._overridden = set()
         self.models = {}  # names as keys
         self.count = 0
@@ -4672,22 +4875,22 @@ class Recording:
         for number, line in enumerate(self._file, 1):
             if line.strip():
                 try:
-                    self._add(RecordedCall.of(line), offset)
+                    self._add(RecordedCall.of(line), offset, line)
                 except ValueError as error:
-                    raise UsageError("%s, line %d: %s" % (self._path, number, error)) from None
+                    hint = "" if line.endswith(b"\n") else "; it is torn, since its writer was stopped: remove it"
+                    raise UsageError("%s, line %d: %s%s" % (self._path, number, error, hint)) from None
             offset += len(line)
         if not self.count:
             raise UsageError("the replay file %s holds no call" % self._path)
-        for offsets in self._places.values():
-            offsets.reverse()
+        for places in self._places.values():
+            places.reverse()
 
-    def _add(self, call, offset):
+    def _add(self, call, offset, line):
         key = (call.method, call.path)
         if self._is_by_request:
-            key += (call.request_key,)
-            overridden = call.value.get("overridden")
-            self._overridden.add(tuple(overridden) if isinstance(overridden, list) else ())
-        self._places.setdefault(key, []).append(offset)
+            key += (request_key(call.value["request"], call.overridden),)
+            self._overridden.add(call.overridden)
+        self._places.setdefault(key, []).append((offset, hash(line)))
         model = call.value.get("model")
         if isinstance(model, str):
             self.models[model] = None
@@ -4703,23 +4906,26 @@ class Recording:
         if self._is_by_request:
             keys = [(method, path, request_key(request, names)) for names in self._overridden]
         with self._lock:
-            known = [key for key in keys if key in self._places]
-            offsets = next((self._places[key] for key in known if self._places[key]), None)
-            if offsets is None:
+            known = [self._places[key] for key in keys if key in self._places]
+            left = [places for places in known if places]
+            if not left:
                 raise self._nothing_left(method, path, bool(known))
-            return self._call_at(offsets.pop())
+            return self._call_at(*min(left, key=lambda places: places[-1]).pop())
 
     def _nothing_left(self, method, path, is_known):
         what = "for this request" if self._is_by_request else "of %s %s" % (method, path)
         message = "the recording has no %s call %s" % ("further" if is_known else "", what)
         return ApiError(404, message.replace("  ", " "), code="replay_exhausted" if is_known else "not_recorded")
 
-    def _call_at(self, offset):
+    def _call_at(self, offset, line_hash):
         try:
             self._file.seek(offset)
-            return RecordedCall.of(self._file.readline())
-        except (OSError, ValueError) as error:
-            raise StorageError("the replay file %s has changed: %s" % (self._path, error)) from None
+            line = self._file.readline()
+        except OSError as error:
+            raise StorageError("cannot read the replay file %s: %s" % (self._path, error.strerror)) from None
+        if hash(line) != line_hash:
+            raise StorageError("the replay file %s has changed" % self._path)
+        return RecordedCall.of(line)
 
     def left(self) -> int:
         """How many calls have not been replayed."""
@@ -4771,10 +4977,10 @@ class ReplayService:
 
             return json_reply(model_object(unquote(request.head.path[len("/v1/models/") :])))
         asked = ForwardedRequest(request, {})
-        value = asked.value if asked.value is not None else parse_json(asked.text()[0] or "null")
+        value = asked.value if asked.value is not None else parse_json(asked.text(Secrets([]))[0] or "null")
         call = self._recording.take(request.head.method, request.head.path, value)
         if asked.model and call.value.get("model") not in (None, asked.model):
-            self._logger.warning("asked for %s, the recording has %s", asked.model, call.value["model"])
+            self._logger.warning("asked for %r, the recording has %r", asked.model, call.value["model"])
         return replayed_reply(call, asked, self._clock())
 
 
@@ -4815,16 +5021,15 @@ def _replayed_events(call, now):
     """The body of a stream.  Raises ApiError where the recorded answer cannot be made one."""
     response = call.value["response"]
     if call.value.get("response_format") == "events":
-        return b"".join(map(_replayed_event, response))
-    if not _is_completion(response):
+        return b"".join(map(_replayed_event, response or ()))
+    if not _is_completion(response) and not call.value.get("partial"):
         raise _not_replayable("whole, and cannot be made a stream")
-    chunks = _replayed_chunks(call, response, now) if response.get("choices") else []
-    if call.value.get("partial"):
-        chunks = [chunk for chunk in chunks if chunk["choices"] and not chunk["choices"][0].get("finish_reason")]
+    completion = {key: value for key, value in response.items() if key != "error"} if isinstance(response, dict) else {}
+    error = response["error"] if isinstance(response, dict) and response.get("error") else None
+    is_whole = not error and not call.value.get("partial")
+    chunks = _replayed_chunks(call, completion, now, is_whole) if completion.get("choices") else []
     body = b"".join(map(sse_event, chunks))
-    if "error" in response:
-        return body + sse_event({"error": response["error"]})
-    return body if call.value.get("partial") else body + SSE_DONE
+    return body + sse_event({"error": error}) if error else body + SSE_DONE if is_whole else body
 
 
 def _replayed_event(event):
@@ -4836,14 +5041,14 @@ def _replayed_event(event):
     return ("\n".join(lines) + "\n\n").encode("utf-8", "replace")
 
 
-def _replayed_chunks(call, response, now):
+def _replayed_chunks(call, response, now, is_whole):
     # A stream that had its usage keeps it, whether or not this request asks for it.
     asked = call.value["request"] if isinstance(call.value["request"], dict) else {}
     request = {"model": asked.get("model", ""), "stream_options": {"include_usage": True}}
     if response.get("object") == "text_completion":
         return [response]
     try:
-        return completion_chunks(response, request, 0, now)
+        return completion_chunks(response, request, 0, now, is_whole)
     except ValueError as error:
         raise ApiError(500, "the recorded response cannot be made a stream: %s" % error, code="bad_recording") from None
 
@@ -4852,7 +5057,7 @@ def _replayed_whole(call):
     """The reply to a request that asks for no stream."""
     response, status = call.value["response"], call.status
     if call.value.get("response_format") == "events":
-        response = _response_of_events(response)
+        response = {} if call.value.get("partial") else _response_of_events(response)
     elif isinstance(response, dict) and response.get("error") and call.value.get("error"):
         response = {"error": response["error"]}  # of an event in a stream that had begun with 200
         status = error_status(response)
@@ -4861,7 +5066,7 @@ def _replayed_whole(call):
 
 def _response_of_events(events):
     """The object with which a stream of OpenAI's Responses API ends."""
-    last = events[-1].get("data") if isinstance(events, list) and isinstance(events[-1], dict) else None
+    last = events[-1].get("data") if isinstance(events, list) and events and isinstance(events[-1], dict) else None
     if not isinstance(last, dict) or not isinstance(last.get("response"), dict):
         raise _not_replayable("as a stream, and cannot be made a whole answer")
     return last["response"]
@@ -4872,7 +5077,7 @@ def _not_replayable(how):
 
 
 def _is_completion(response):
-    return isinstance(response, dict) and (isinstance(response.get("choices"), list) or "error" in response)
+    return isinstance(response, dict) and (isinstance(response.get("choices"), list) or bool(response.get("error")))
 
 
 def _cut_off(body):
@@ -5136,7 +5341,8 @@ def _part_text(part):
 
 def _said(name, text):
     first, *others = printable(text).split("\n")
-    return ["    %-10s %s" % (printable(name) + ":", first)] + ["               " + line for line in others]
+    name = printable(name).replace("\n", "\\n")
+    return ["    %-10s %s" % (name + ":", first)] + ["               " + line for line in others]
 
 
 # ======================================================================================================================
@@ -5317,9 +5523,10 @@ def start_in_background(paths: DataPaths, flags: dict, args: argparse.Namespace)
     if state.is_running():
         raise RockError(state.running_message())
     process, ready = _spawn_service(paths, flags, args)
-    import http.client  # noqa: F401  # needed below, and loaded while the service starts
-
     try:
+        _hand_over_bytecode(process.stdin)
+        import http.client  # noqa: F401  # needed below, and loaded while the service starts
+
         said = _read_all(ready)
         if not said.startswith("{"):
             reason = said or "it ended at once; see %s" % paths.logging_file
@@ -5342,12 +5549,15 @@ def start_in_background(paths: DataPaths, flags: dict, args: argparse.Namespace)
 
 # The service is handed the bytecode of this file on its standard input.  Compiling it there would take as long as all
 # else that it does to start, and leave it with 10 MB that it never needs again.
-_RUN_BYTECODE = "import marshal, sys; __file__ = sys.argv.pop(1); exec(marshal.load(sys.stdin.buffer))"
+# It must not import from the working directory, which is the agent's.
+_RUN_BYTECODE = """import marshal, sys
+sys.path[:] = filter(None, sys.path)
+__file__ = sys.argv.pop(1)
+exec(marshal.load(sys.stdin.buffer))"""
 
 
 def _spawn_service(paths, flags, args):
     """The process, and the descriptor on which it says its state, or why it has none."""
-    import marshal
     import subprocess
 
     command = [sys.executable, "-c", _RUN_BYTECODE, os.path.abspath(__file__)]
@@ -5375,9 +5585,26 @@ def _spawn_service(paths, flags, args):
         raise RockError("cannot start the model service: %s; give another --data-dir" % error) from None
     finally:
         os.close(ready_fd)
-    with contextlib.suppress(BrokenPipeError), process.stdin:  # it may have ended already, and `ready` tells
-        process.stdin.write(marshal.dumps(__loader__.get_code(__name__)))
     return process, ready
+
+
+def _hand_over_bytecode(pipe):
+    """Write this file's bytecode to the new process.  Raises RockError where it does not take it."""
+    import marshal
+    import select
+
+    code, deadline = marshal.dumps(__loader__.get_code(__name__)), time.monotonic() + START_SECONDS
+    poll = select.poll()
+    poll.register(pipe, select.POLLOUT)
+    os.set_blocking(pipe.fileno(), False)
+    with contextlib.suppress(BrokenPipeError), pipe:  # it may have ended already, and says why elsewhere
+        while code:
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                raise RockError("the model service did not start: %s" % _NO_START)
+            code = code[os.write(pipe.fileno(), code[:READ_BLOCK_BYTES]) :]
+
+
+_NO_START = "it did not answer within %d s" % START_SECONDS
 
 
 def _read_all(descriptor):
@@ -5389,7 +5616,7 @@ def _read_all(descriptor):
     poll.register(descriptor, select.POLLIN)
     while True:
         if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            return "it did not answer within %d s" % START_SECONDS
+            return _NO_START
         piece = os.read(descriptor, 4096)
         if not piece:
             return said.decode("utf-8", "replace")
@@ -5531,7 +5758,7 @@ def _show_calls(file, args):
             is_whole = is_whole and is_torn
             complain("line %d: %s" % (number, "torn: its writer was stopped" if is_torn else error))
             continue
-        lines = [dump_json(vars(summary)) if args.json else summary.row()]
+        lines = [json.dumps(vars(summary), separators=(",", ":")) if args.json else summary.row()]
         if args.full:
             lines += conversation(record, earlier) + [""]
             earlier = messages_of(record)

@@ -13,12 +13,22 @@ def service(tmp_path):
         yield service
 
 
+@pytest.fixture(scope="session")
+def upstreams():
+    """The upstream process that tests use one after the other; a new one where a test has killed it."""
+    running = []
+    yield running
+    for upstream in running:
+        upstream.close()
+
+
 @pytest.fixture
-def upstream():
+def upstream(upstreams):
     """A model's server in a process of its own, to be scripted."""
-    upstream = Upstream()
-    yield upstream
-    upstream.close()
+    if not upstreams or not upstreams[-1].is_running():
+        upstreams.append(Upstream())
+    upstreams[-1].reset()
+    return upstreams[-1]
 
 
 @pytest.fixture

@@ -162,9 +162,9 @@ HEADERS = {
     "bare LF before the end": (b"Host: x\n", CRLF),
     "bare CR": (b"Host: x\rA: b\r\n", CRLF),
     "CR twice": (b"Host: x\r\r\n", CRLF),
-    "NUL": (HOST + b"Aa: \0\r\n", "Aa has a control character"),
-    "control character": (HOST + b"Aa: b\x1b[2J\r\n", "Aa has a control character"),
-    "DEL": (HOST + b"Aa: b\x7f\r\n", "Aa has a control character"),
+    "NUL": (HOST + b"Aa: \0\r\n", "a header field has a control character"),
+    "control character": (HOST + b"Aa: b\x1b[2J\r\n", "a header field has a control character"),
+    "DEL": (HOST + b"Aa: b\x7f\r\n", "a header field has a control character"),
 }
 
 

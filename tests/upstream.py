@@ -107,6 +107,13 @@ class Upstream:
             request["body"] = base64.b64decode(request["body"])
         return seen
 
+    def reset(self):
+        """Forget all that was, for the next test."""
+        self._ask(reset=True)
+
+    def is_running(self):
+        return self._process.poll() is None
+
     def wait_closed(self, count=1):
         """Wait until so many connections were closed by the other side."""
         return self._ask(closed=count)
@@ -136,11 +143,14 @@ class Upstream:
 class State:
     def __init__(self):
         self.changed = threading.Condition()
+        self.connections = 0
+        self.reset()
+
+    def reset(self):
         self.scripts = []
         self.seen = []
         self.gates = set()
         self.closed = 0
-        self.connections = 0
         self.accepted = 0
 
     def change(self, function):
@@ -248,6 +258,9 @@ class Control(socketserver.StreamRequestHandler):
             value = True
             if "script" in command:
                 state.change(lambda command=command: state.scripts.extend(command["script"]))
+            elif "reset" in command:
+                state.wait(lambda: not state.connections)
+                state.change(state.reset)
             elif "open" in command:
                 state.change(lambda command=command: state.gates.add(command["open"]))
             elif "seen" in command:
