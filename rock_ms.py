@@ -228,7 +228,12 @@ ERROR_TYPES = {
 
 
 class ReplyBroken(Exception):
-    """A reply that has begun and cannot be ended: the client must see a broken connection."""
+    """A reply that has begun and cannot be ended: the client must see a broken connection.
+
+    status: what the request counts as, in the log and the metrics.
+    """
+
+    status = 502
 
 
 class ApiError(RockError):
@@ -1231,8 +1236,8 @@ def _as_overrides(value):
             value = parse_json(value)
         except ValueError:
             value = None
-    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise ValueError('must be a JSON object of request fields, as {"logprobs": true}')
+    if not isinstance(value, dict) or not all(isinstance(name, str) and name != "stream" for name in value):
+        raise ValueError('must be a JSON object of request fields other than stream, as {"logprobs": true}')
     return value
 
 
@@ -1246,8 +1251,8 @@ def _as_status_codes(value):
     if value == "none":
         return ()
     codes = value if isinstance(value, list) else str(value).split(",")
-    if not all(re.match(r" *[1-5][0-9][0-9] *\Z", str(code)) for code in codes):
-        raise ValueError("must be HTTP status codes, as 429,500, or none")
+    if not all(re.match(r" *[45][0-9][0-9] *\Z", str(code)) for code in codes):
+        raise ValueError("must be HTTP status codes from 400 to 599, as 429,500, or none")
     return tuple(int(code) for code in codes)
 
 
@@ -1280,7 +1285,10 @@ class ServiceSettings:
     )
     # Load balancers cut a connection after 60 s of silence.
     heartbeat_seconds: float = _setting(
-        30.0, _as_seconds, "seconds of silence after which a waiting client gets a sign of life", "HEARTBEAT_SECONDS"
+        30.0,
+        _as_seconds,
+        "seconds of silence after which a waiting client gets a sign of life; proxy: how long an answer is held",
+        "HEARTBEAT_SECONDS",
     )
     polling_interval_seconds: float = _setting(
         0.1, _as_seconds, "longest time that a finished answer may lie unseen", "POLLING_INTERVAL_SECONDS"
@@ -1338,10 +1346,18 @@ class ServiceSettings:
             return self.request_timeout
         return PROXY_TIMEOUT_SECONDS if self.type == "proxy" else float("inf")
 
+    def to_resume(self) -> dict:
+        """The settings of a proxy that `start --resume` goes on with, unless they are given anew; no keys."""
+        names = [spec.name for spec in fields(self) if spec.metadata["help"].startswith("proxy:")] + ["recording_file"]
+        kept = {name: getattr(self, name) for name in names if not _is_secret(self, name)}
+        return {name: value for name, value in kept.items() if value is not None} if self.type == "proxy" else {}
+
     def check(self, given: dict) -> None:
         """Refuse, with UsageError, settings that contradict each other.  given: those of the command line."""
         if self.recording_file and self.replay_file:
             raise UsageError("recording_file and replay_file exclude each other: a replay is not recorded")
+        if given.get("replay_match") is not None and not self.replay_file:
+            raise UsageError("--replay-match needs a --replay-file")
         if self.type == "proxy":
             return
         if self.replay_file:
@@ -1349,6 +1365,10 @@ class ServiceSettings:
         for spec in fields(self):
             if spec.metadata["help"].startswith("proxy:") and given.get(spec.name) is not None:
                 raise UsageError("%s is for --type proxy" % spec.metadata["flag"])
+
+
+def _is_secret(settings, name):
+    return next(spec.metadata["secret"] for spec in fields(settings) if spec.name == name)
 
 
 def resolve_settings(cls: type, flags: dict, environ: dict, config_file: str | None, earlier=()) -> object:
@@ -1752,7 +1772,10 @@ class DataPaths:
         )
 
     def make_directories(self) -> None:
-        """Make those that do not exist.  Raises OSError."""
+        """Make those that do not exist.  Raises OSError; UsageError where a directory stands in a file's place."""
+        for path in (self.log_file, self.traj_file, self.logging_file):
+            if os.path.isdir(path):
+                raise UsageError("%s is a directory, and should be a file" % path)
         os.makedirs(self.data_dir, exist_ok=True)
         for path in (self.log_file, self.traj_file, self.logging_file):
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -2228,7 +2251,8 @@ def _answers_signal(pid):
 
 def stopped_state(state: dict) -> dict:
     """What remains of a service's state when it stops: what --resume and anti-call-llm go on with."""
-    return {key: state[key] for key in ("type", "host", "port", "has_api_key", "log_file", "watched") if key in state}
+    kept = ("type", "host", "port", "has_api_key", "has_upstream_api_key", "settings", "log_file", "watched")
+    return {key: state[key] for key in kept if key in state}
 
 
 def watched_by(state: dict) -> dict:
@@ -2772,7 +2796,7 @@ class Exchange:
         except ClientGone:
             pass
         except ReplyBroken as error:
-            status = 502
+            status = error.status
             self._service.logger.warning("the reply to %s broke off: %s", self._name(), error)
             if self._head.is_http10:  # to which only a reset tells the break from the end
                 self._connection.reset()
@@ -3562,12 +3586,13 @@ class LocalCall:
 class LocalService:
     """The endpoints of the local type.
 
-    session: a LocalSession.  trajectory: an AppendFile.  settings: ServiceSettings.  logger: as
-    from `logging`.  clock: seconds since the epoch.
+    session: a LocalSession.  trajectory: an AppendFile.  settings: ServiceSettings.  logger: as from `logging`.  about:
+    what is said of it at its start.  clock: seconds since the epoch.
     """
 
-    def __init__(self, session, trajectory, settings, logger, clock=time.time):
+    def __init__(self, session, trajectory, settings, logger, about="", clock=time.time):
         self.session = session
+        self.about = about
         self.trajectory = trajectory
         self.settings = settings
         self.logger = logger
@@ -3625,7 +3650,7 @@ def local_service(settings, paths: DataPaths, log: MarkerLog, logger, is_resumed
         trajectory.close_torn_line()
     recorded = recorded_turns(paths.traj_file) if is_resumed else {}
     session = LocalSession(log, settings.polling_interval_seconds, logger, recorded, was_killed="pid" in earlier)
-    return LocalService(session, trajectory, settings, logger)
+    return LocalService(session, trajectory, settings, logger, "log %s" % paths.log_file)
 
 
 # ======================================================================================================================
@@ -3680,6 +3705,11 @@ class ClientWatch:
                     self._look_at_client()
         finally:
             self._poll.unregister(descriptor)
+
+    def look(self) -> None:
+        """Raise ClientGone where the client has hung up, without a wait."""
+        if self._poll.poll(0):
+            self._look_at_client()
 
     def _look_at_client(self):
         is_gone = self._has_more or _peek(self._client)
@@ -3820,6 +3850,7 @@ class UpstreamConnection:
                 head, buffer = _response_head_of(bytes(buffer[:end]), is_head), buffer[end + 4 :]
                 if head.status >= 200:
                     return head, bytes(buffer)
+                watch.look()  # there may be no end of interim responses
                 continue
             if not b"HTTP/1.".startswith(bytes(buffer[:7])) or _LONE_LF.search(buffer):
                 raise _unreadable("what came is no HTTP/1.1 response")
@@ -3974,6 +4005,7 @@ class UpstreamPool:
         self._lock = threading.Lock()
         self._idle = {}  # Origin -> [UpstreamConnection], the last used last
         self._idle_count = 0
+        self.sent_count = 0  # requests, however they ended
         self._tls = None
         self._is_closed = False
 
@@ -4013,6 +4045,8 @@ class UpstreamPool:
             raise
 
     def _take(self, origin):
+        with self._lock:
+            self.sent_count += 1
         while True:
             with self._lock:
                 kept = self._idle.get(origin)
@@ -4053,7 +4087,12 @@ class UpstreamPool:
         return None if proxy_bypass_environment("%s:%d" % (origin.host, origin.port)) else proxy
 
     def _connect(self, origin, proxy, watch, deadline):
-        sock = _connected_socket(proxy.origin if proxy else origin, watch, deadline)
+        try:
+            sock = _connected_socket(proxy.origin if proxy else origin, watch, deadline)
+        except UpstreamError as error:
+            if proxy:
+                raise UpstreamError("the HTTP proxy: %s" % error, error.status) from None
+            raise
         connection = UpstreamConnection(sock, origin)
         try:
             if origin.scheme == "https":
@@ -4227,7 +4266,8 @@ def base_url_of(settings: ServiceSettings, model: str | None) -> str:
     url = rules.get(model) or rules.get("default")
     if url is None:
         known = ", ".join(sorted(rules)) or "none"
-        message = "there is no rule for the model %s, and no default; proxy_rules has %s" % (dump_json(model), known)
+        what = "no model is named" if model is None else "there is no rule for the model %s" % dump_json(model)
+        message = "%s, and there is no default; proxy_rules has %s" % (what, known)
         raise ApiError(400, message, code="model_not_found", param="model")
     return url
 
@@ -4472,6 +4512,8 @@ class RecordedAnswer:
     @property
     def is_finished(self) -> bool:
         """Whether a body that just stops has said all, as far as can be told."""
+        if self._is_too_long:
+            return True
         if self.is_stream:
             return self._events.is_finished
         is_json = self._coding is None and _JSON_TYPE.match(
@@ -4546,6 +4588,7 @@ class ProxyCall:
         self._request = ForwardedRequest(request, service.settings.request_overrides)
         self._watch = ClientWatch(request.sock)
         self._attempts = 0
+        self._upstream = None  # where it goes
         self._response = None  # of the upstream, to the last attempt
         self._answer = None  # the RecordedAnswer of that, from its header on
         self._is_recorded = False
@@ -4566,7 +4609,7 @@ class ProxyCall:
     def _held_answer(self):
         """What came of the answer to the last attempt before it had to be passed on, as a list of pieces."""
         service, request = self._service, self._request
-        upstream = service.upstream_of(request)
+        upstream = self._upstream = service.upstream_of(request)
         target = upstream.path + request.target
         headers = request.upstream_headers(service.settings, service.via_of(request))
         while True:
@@ -4588,9 +4631,8 @@ class ProxyCall:
             self._answer = None
             service.pause(self._watch, delay)
         if failure:
-            raise ApiError(
-                failure.status, str(failure), code="upstream_timeout" if failure.status == 504 else "upstream_error"
-            )
+            code = "upstream_timeout" if failure.status == 504 else "upstream_error"
+            raise ApiError(failure.status, str(failure), code=code)
         return held
 
     def _delay(self, failure):
@@ -4600,12 +4642,15 @@ class ProxyCall:
             is_worth_it = not failure.is_final
         else:  # an answer that is not whole was too long to be held, or came too slowly
             is_worth_it = head.status in service.retries.status_codes and self._response.is_done
-        if not is_worth_it:
-            return None
-        delay = service.retries.delay(self._attempts, head.headers if head else (), service.clock(), service.jitter())
-        if delay is not None:
+        delay = None
+        if is_worth_it:
+            headers = head.headers if head else ()
+            delay = service.retries.delay(self._attempts, headers, service.clock(), service.jitter())
+        if is_worth_it or failure:
             what = failure or "the upstream answered %d" % head.status
-            service.logger.warning("attempt %d failed: %s; the next one in %.3g s", self._attempts, what, delay)
+            then = "it was the last" if delay is None else "the next one in %.3g s" % delay
+            name = "%s %s (%r)" % (self._request.head.method, self._request.head.path, self._request.model)
+            service.logger.warning("attempt %d of %s failed: %s; %s", self._attempts, name, what, then)
         return delay
 
     def _hold(self):
@@ -4662,6 +4707,10 @@ class ProxyCall:
         except StorageError as error:
             self._record_quietly(500, "the answer could not be recorded", is_partial=True)
             raise ReplyBroken("it cannot be recorded: %s" % error) from None
+        except Exception as error:
+            if not isinstance(error, ClientGone):
+                self._record_quietly(500, "an internal error", is_partial=True)
+            raise
 
     def _record_if_over(self):
         if (self._response.is_done or self._answer.is_over) and not self._is_recorded:
@@ -4669,8 +4718,8 @@ class ProxyCall:
 
     def _close(self, _):
         """The reply is done, or broke off."""
-        self._record_quietly(499, self._service.hangup_reason(), is_partial=True)
         self._close_response()
+        self._record_quietly(499, self._service.hangup_reason(), is_partial=True)
 
     def _close_response(self):
         if self._response:
@@ -4682,8 +4731,8 @@ class ProxyCall:
             return
         try:
             self._record(status, error, is_partial)
-        except StorageError as failure:
-            self._service.logger.error("a call that failed is not in the trajectory: %s", failure)
+        except Exception as failure:
+            self._service.logger.error("a call that failed is not in the trajectory: %r", failure)
             self._is_recorded = True
 
     def _record(self, status, error=None, is_partial=False):
@@ -4696,7 +4745,7 @@ class ProxyCall:
         text, more = request.text(secrets)
         response, wrong, answer_more = self._answer.text(secrets) if self._answer else (None, None, {})
         more = {"method": head.method, "path": secrets.hide(head.path), **more, **answer_more}
-        more["attempts"] = self._attempts
+        more.update(upstream=self._upstream and self._upstream.origin.authority, attempts=self._attempts)
         if is_partial:
             more["partial"] = True
         if request.overridden:
@@ -4707,7 +4756,7 @@ class ProxyCall:
         return CallRecord(text, response, model, request.is_stream, status, error, self._start_time, seconds, more=more)
 
     def _note(self):
-        return "attempts=%d" % self._attempts
+        return "upstream=%s attempts=%d" % (self._upstream.origin.authority, self._attempts)
 
 
 class ProxyService:
@@ -4723,6 +4772,7 @@ class ProxyService:
         from random import random
 
         self.session = session
+        self.about = "to %s, recording %s" % (settings.proxy_base_url or "proxy_rules", trajectory.path)
         self.settings = settings
         self.trajectory = trajectory
         self.logger = logger
@@ -4743,7 +4793,10 @@ class ProxyService:
 
     def gauges(self) -> dict:
         """Numbers for /metrics."""
-        return {"rock_proxy_idle_upstream_connections": self._pool.idle_count()}
+        return {
+            "rock_proxy_upstream_attempts": self._pool.sent_count,
+            "rock_proxy_idle_upstream_connections": self._pool.idle_count(),
+        }
 
     def start(self) -> None:
         """Nothing has to be read first."""
@@ -4811,9 +4864,13 @@ _NOT_COMPARED = ("stream", "stream_options")
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """A call of a trajectory, checked.  value: the object that the line holds.  method, path, status: as recorded, or
-    as ROCK's own records, which have none of them, mean."""
+    """A call of a trajectory, checked.
 
+    line: its number.  value: the object that the line holds.  method, path, status: as recorded, or as ROCK's own
+    records, which have none of them, mean.  overridden: the fields that `request_overrides` had set.
+    """
+
+    line: int
     value: dict
     method: str
     path: str
@@ -4821,7 +4878,7 @@ class RecordedCall:
     overridden: tuple
 
     @classmethod
-    def of(cls, line: bytes) -> RecordedCall:
+    def of(cls, line: bytes, number: int) -> RecordedCall:
         """Read a line.  Raises ValueError that says what is wrong with it."""
         value = json_object(line.decode("utf-8"), "the line")[1]
         if "response" not in value or "request" not in value:
@@ -4835,7 +4892,12 @@ class RecordedCall:
         status = recorded_status(value)
         if status < 200:
             raise ValueError("%d is not the status of an answer" % status)
-        return cls(value, method, path.rstrip("/"), status, tuple(overridden))
+        return cls(number, value, method, path.rstrip("/"), status, tuple(overridden))
+
+    @property
+    def request_key(self) -> bytes:
+        """What equal requests have in common."""
+        return request_key(self.value["request"], self.overridden)
 
 
 def request_key(request: object, overridden: tuple) -> bytes:
@@ -4853,10 +4915,10 @@ class Recording:
     """
 
     def __init__(self, path: str, is_by_request: bool):
-        self._path = path
+        self.path = path
         self._is_by_request = is_by_request
         self._lock = threading.Lock()
-        self._places = {}  # (method, path[, request key]) -> [(offset, hash of the line)], the next one last
+        self._places = {}  # (method, path[, request key]) -> [(offset, number, hash of the line)], the next one last
         self._overridden = set()
         self.models = {}  # names as keys
         self.count = 0
@@ -4875,22 +4937,24 @@ class Recording:
         for number, line in enumerate(self._file, 1):
             if line.strip():
                 try:
-                    self._add(RecordedCall.of(line), offset, line)
+                    self._add(RecordedCall.of(line, number), offset, line)
                 except ValueError as error:
-                    hint = "" if line.endswith(b"\n") else "; it is torn, since its writer was stopped: remove it"
-                    raise UsageError("%s, line %d: %s%s" % (self._path, number, error, hint)) from None
+                    hint = (
+                        "" if line.endswith(b"\n") else "; it is torn, since its writer was stopped: remove that line"
+                    )
+                    raise UsageError("%s, line %d: %s%s" % (self.path, number, error, hint)) from None
             offset += len(line)
         if not self.count:
-            raise UsageError("the replay file %s holds no call" % self._path)
+            raise UsageError("the replay file %s holds no call" % self.path)
         for places in self._places.values():
             places.reverse()
 
     def _add(self, call, offset, line):
         key = (call.method, call.path)
         if self._is_by_request:
-            key += (request_key(call.value["request"], call.overridden),)
+            key += (call.request_key,)
             self._overridden.add(call.overridden)
-        self._places.setdefault(key, []).append((offset, hash(line)))
+        self._places.setdefault(key, []).append((offset, call.line, hash(line)))
         model = call.value.get("model")
         if isinstance(model, str):
             self.models[model] = None
@@ -4917,15 +4981,15 @@ class Recording:
         message = "the recording has no %s call %s" % ("further" if is_known else "", what)
         return ApiError(404, message.replace("  ", " "), code="replay_exhausted" if is_known else "not_recorded")
 
-    def _call_at(self, offset, line_hash):
+    def _call_at(self, offset, number, line_hash):
         try:
             self._file.seek(offset)
             line = self._file.readline()
         except OSError as error:
-            raise StorageError("cannot read the replay file %s: %s" % (self._path, error.strerror)) from None
+            raise StorageError("cannot read the replay file %s: %s" % (self.path, error.strerror)) from None
         if hash(line) != line_hash:
-            raise StorageError("the replay file %s has changed" % self._path)
-        return RecordedCall.of(line)
+            raise StorageError("the replay file %s has changed" % self.path)
+        return RecordedCall.of(line, number)
 
     def left(self) -> int:
         """How many calls have not been replayed."""
@@ -4945,6 +5009,7 @@ class ReplayService:
 
     def __init__(self, session, recording: Recording, logger, clock=time.time):
         self.session = session
+        self.about = "replaying %d calls of %s" % (recording.count, recording.path)
         self._recording = recording
         self._logger = logger
         self._clock = clock
@@ -4979,9 +5044,9 @@ class ReplayService:
         asked = ForwardedRequest(request, {})
         value = asked.value if asked.value is not None else parse_json(asked.text(Secrets([]))[0] or "null")
         call = self._recording.take(request.head.method, request.head.path, value)
-        if asked.model and call.value.get("model") not in (None, asked.model):
-            self._logger.warning("asked for %r, the recording has %r", asked.model, call.value["model"])
-        return replayed_reply(call, asked, self._clock())
+        if request_key(value, call.overridden) != call.request_key:
+            self._logger.warning("line %d of the recording was the answer to another request", call.line)
+        return replace(replayed_reply(call, asked, self._clock()), note=lambda: "replay=%d" % call.line)
 
 
 def replayed_reply(call: RecordedCall, asked: ForwardedRequest, now: float) -> Reply:
@@ -5165,7 +5230,7 @@ class ModelServer:
 
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _TRAJ_COLUMNS = "%5s  %-19s  %-24s  %6s  %9s  %8s  %8s  %s"
-TRAJ_HEADER = _TRAJ_COLUMNS % ("line", "time", "model", "status", "latency", "tokens", "answered", "what")
+TRAJ_HEADER = _TRAJ_COLUMNS % ("line", "time", "model", "status", "latency", "tok. in", "tok. out", "what")
 
 
 def printable(text: str) -> str:
@@ -5413,10 +5478,16 @@ def command_start(args: argparse.Namespace) -> int:
     flags = {spec.name: getattr(args, spec.name, None) for spec in fields(ServiceSettings)}
     data_dir = resolve_data_dir(args.data_dir, os.environ)
     earlier = ServiceState(data_dir).read() if args.resume else {}
-    settings = resolve_settings(ServiceSettings, flags, os.environ, args.config_file, earlier)
+    proxied = earlier.get("settings")
+    known = {**earlier, **(proxied if isinstance(proxied, dict) else {})}
+    settings = resolve_settings(ServiceSettings, flags, os.environ, args.config_file, known)
     settings.check(flags)
     if earlier.get("has_api_key") and settings.api_key is None:
         raise UsageError("the last service asked for an API key: give it again, in ROCK_MODEL_SERVICE_API_KEY")
+    if earlier.get("has_upstream_api_key") and settings.upstream_api_key is None:
+        raise UsageError("the last service had an upstream's key: give it in ROCK_MODEL_SERVICE_UPSTREAM_API_KEY")
+    if settings.type == "local" and settings.proxy_base_url:
+        complain("proxy_base_url is for --type proxy; this is the local type, whose calls a trainer answers")
     paths = DataPaths.of(data_dir, settings)
     try:
         paths.make_directories()
@@ -5454,6 +5525,8 @@ def _serve_until_signal(settings, paths, is_resumed, ready_fd, state, signals):
     pid = os.getpid()
     published = {"type": settings.type, "pid": pid, "identity": process_identity(pid), "log_file": paths.log_file}
     published["has_api_key"] = settings.api_key is not None
+    published["has_upstream_api_key"] = settings.upstream_api_key is not None
+    published["settings"] = settings.to_resume()
 
     def publish(**changes):
         published.update(changes)
@@ -5472,9 +5545,10 @@ def _serve_until_signal(settings, paths, is_resumed, ready_fd, state, signals):
     try:
         publish(host=server.http.host, port=server.http.port)
         server.start()
-        logger.info("started: pid %d, %s:%d, log %s", pid, server.http.host, server.http.port, paths.log_file)
+        about = server.service.about
+        logger.info("started: %s, pid %d, %s:%d, %s", settings.type, pid, server.http.host, server.http.port, about)
         if ready_fd is not None:
-            _tell(ready_fd, dump_json({**published, "session_ended": server.session.has_ended}))
+            _tell(ready_fd, dump_json({**published, "about": about, "session_ended": server.session.has_ended}))
         number = signal.sigwait(signals)
         logger.info("stopping: %s", signal.Signals(number).name)
     finally:
@@ -5541,7 +5615,7 @@ def start_in_background(paths: DataPaths, flags: dict, args: argparse.Namespace)
         os.close(ready)
     process.returncode = 0  # it is meant to outlive us: no warning that it does
     url = base_url(running["host"], running["port"])
-    say("model service started: pid %d, %s, log %s" % (running["pid"], url, running["log_file"]))
+    say("model service started: pid %d, %s, %s" % (running["pid"], url, running["about"]))
     if running["session_ended"]:
         complain("the resumed session has ended already; start without --resume to begin a new one")
     return 0
@@ -5935,17 +6009,21 @@ def _add_command(commands, name, function, help, has_data_dir=True):
 def _add_start(parser):
     for spec in fields(ServiceSettings):
         if spec.metadata["flag"]:
-            parser.add_argument(spec.metadata["flag"], dest=spec.name, metavar="VALUE", help=_setting_help(spec))
+            metavar = _METAVARS.get(spec.metadata["parse"], "VALUE")
+            parser.add_argument(spec.metadata["flag"], dest=spec.name, metavar=metavar, help=_setting_help(spec))
     parser.add_argument("--config-file", metavar="FILE", help="settings by name, in JSON or YAML")
     parser.add_argument("--resume", action="store_true", help="continue the last session instead of a new one")
     parser.add_argument("--foreground", action="store_true", help="stay in the foreground")
     parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
 
 
+_METAVARS = {_as_url: "URL", _as_overrides: "JSON", _as_count: "N", _as_seconds: "SECONDS", _as_wait: "SECONDS"}
+
+
 def _setting_help(spec):
     notes = ["env " + spec.metadata["env"]] if spec.metadata["env"] else []
     default = ",".join(str(part) for part in spec.default) if isinstance(spec.default, tuple) else spec.default
-    notes += [] if default is None else ["default %s" % default]
+    notes += ["default %s" % default] if isinstance(default, (str, int, float)) else []
     return spec.metadata["help"] + (" (%s)" % "; ".join(notes) if notes else "")
 
 

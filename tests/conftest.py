@@ -1,9 +1,18 @@
 """Fixtures: each test has a directory of its own, and whatever it starts is stopped."""
 
+import os
+
 import pytest
 
-from support import Proxy, run_cli, running
+from support import Proxy, is_proxy_variable, run_cli, running
 from upstream import Upstream
+
+
+@pytest.fixture(autouse=True)
+def no_proxy_of_the_machine(monkeypatch):
+    """What is on 127.0.0.1 is asked directly, wherever the tests run."""
+    for name in filter(is_proxy_variable, list(os.environ)):
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture
@@ -15,20 +24,20 @@ def service(tmp_path):
 
 @pytest.fixture(scope="session")
 def upstreams():
-    """The upstream process that tests use one after the other; a new one where a test has killed it."""
-    running = []
-    yield running
-    for upstream in running:
-        upstream.close()
+    """The upstream process that tests use one after the other, as the one item of a list."""
+    upstreams = [Upstream()]
+    yield upstreams
+    upstreams[0].close()
 
 
 @pytest.fixture
 def upstream(upstreams):
     """A model's server in a process of its own, to be scripted."""
-    if not upstreams or not upstreams[-1].is_running():
-        upstreams.append(Upstream())
-    upstreams[-1].reset()
-    return upstreams[-1]
+    if not upstreams[0].is_running():  # a test has killed it
+        upstreams[0].close()
+        upstreams[0] = Upstream()
+    upstreams[0].reset()
+    return upstreams[0]
 
 
 @pytest.fixture

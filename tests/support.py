@@ -17,10 +17,15 @@ SCRIPT = os.path.abspath(rock_ms.__file__)
 TIMEOUT = 30  # for whatever must happen; a test that reaches it has failed
 
 
+def is_proxy_variable(name):
+    return name.lower().endswith("_proxy")
+
+
 def clean_environ(**extra):
     """This environment without any of our settings, and `extra` in it."""
     ours = {spec.metadata["env"] for spec in rock_ms.fields(rock_ms.ServiceSettings)} | {"ROCK_MODEL_SERVICE_DATA_DIR"}
-    return {**{name: value for name, value in os.environ.items() if name not in ours}, **extra}
+    kept = {name: os.environ[name] for name in os.environ if name not in ours and not is_proxy_variable(name)}
+    return {**kept, **extra}
 
 
 def run_cli(*words, check=None, python=sys.executable, script=SCRIPT, **options):

@@ -155,7 +155,7 @@ def test_recording_replaying_and_routing_run_as_shown(readme, tmp_path, upstream
         recorded = shell(record)
         assert [recorded.count(text) for text in ('"one"', '"two"', "answer:    hello")] == [1, 1, 2]
         keys = [dict(request["headers"])["authorization"] for request in upstream.seen()]
-        assert keys == ["Bearer of-the-agent"] * 2
+        assert keys == ["Bearer sk-of-the-agent"] * 2
         shell(replay)
         assert len(upstream.seen()) == 2
         shell(route)

@@ -98,14 +98,14 @@ BAD = {
     ),
     "proxy_rules": ("must be a mapping of model names to base URLs", [], ["http://h", [], 1, True]),
     "retryable_status_codes": (
-        "must be HTTP status codes, as 429,500, or none",
+        "must be HTTP status codes from 400 to 599, as 429,500, or none",
         ["", "429,", "429;500", "99", "600", "4xx", "-429", "²00", "429 500"],
         [42, True, [429, "x"], [429.0], [[429]], {}],
     ),
     "upstream_api_key": ("must be printable ASCII without spaces", ["", "ses ame", "s\u00e9same"], [12345, ["sesame"]]),
     "request_overrides": (
-        'must be a JSON object of request fields, as {"logprobs": true}',
-        ["", "[]", "{", "logprobs=true"],
+        'must be a JSON object of request fields other than stream, as {"logprobs": true}',
+        ["", "[]", "{", "logprobs=true", '{"stream": false}'],
         [[], 1, "x", True],
     ),
     "max_attempts": ("must be a whole number above 0", ["0", "-1", "1.5", "", "9" * 7], [0, True, 1.0, []]),
