@@ -5667,7 +5667,8 @@ def _hand_over_bytecode(pipe):
     import marshal
     import select
 
-    code, deadline = marshal.dumps(__loader__.get_code(__name__)), time.monotonic() + START_SECONDS
+    code = marshal.dumps(__loader__.get_code(__loader__.name))  # run by -m, it is not called what we are
+    deadline = time.monotonic() + START_SECONDS
     poll = select.poll()
     poll.register(pipe, select.POLLOUT)
     os.set_blocking(pipe.fileno(), False)

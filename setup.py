@@ -16,7 +16,7 @@ def read(name):
 setup(
     name="rock-model-service",
     version=re.search(r'^__version__ = "(.+)"$', read("rock_ms.py"), re.MULTILINE).group(1),
-    description="The ROCK model service in one file: an agent's LLM calls, answered by a trainer.",
+    description="The ROCK model service in one file: an agent's LLM calls, answered by a trainer or a model's server.",
     long_description=read("README.md"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -1,0 +1,82 @@
+"""The proxy as a process: what `start` says of it, and what `--resume` goes on with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+from support import SCRIPT, TIMEOUT, ask, chat, clean_environ, wait_until
+from upstream import answer
+
+
+def state(cli):
+    with open(os.path.join(cli.data_dir, "LLMService.json")) as file:
+        return json.load(file)
+
+
+def start(cli, *words, **options):
+    return cli("start", "--type", "proxy", "--host", "127.0.0.1", "--port", "0", *words, **options)
+
+
+def test_start_says_where_calls_go_and_where_they_are_recorded(cli, tmp_path, upstream):
+    recording = str(tmp_path / "run.jsonl")
+    started = start(cli, "--proxy-base-url", upstream.url, "--recording-file", recording, check=0)
+    assert started.out.endswith("/v1, to %s, recording %s\n" % (upstream.url, recording))
+    assert ask(state(cli)["port"], chat()).status == 200
+    cli("stop", check=0)
+    replaying = start(cli, "--replay-file", recording, check=0)
+    assert replaying.out.endswith("/v1, replaying 1 calls of %s\n" % recording)
+
+
+def test_start_of_the_module_by_its_name(cli, tmp_path):
+    (tmp_path / "rock_ms.py").write_bytes(open(SCRIPT, "rb").read())
+    words = ["-m", "rock_ms", "start", "--host", "127.0.0.1", "--port", "0", "--data-dir", cli.data_dir]
+    subprocess.run([sys.executable] + words, cwd=str(tmp_path), env=clean_environ(), check=True, timeout=TIMEOUT)
+    assert ask(state(cli)["port"], method="GET", path="/health").json() == {"status": "healthy"}
+
+
+def test_resumed_proxy_goes_on_as_the_killed_one_did(cli, tmp_path, upstream):
+    recording = str(tmp_path / "run.jsonl")
+    overrides = json.dumps({"seed": 7})
+    words = ["--proxy-base-url", upstream.url, "--recording-file", recording, "--request-overrides", overrides]
+    start(cli, *words, "--max-attempts", "2", check=0)
+    before = state(cli)
+    assert ask(before["port"], chat("1")).status == 200
+    os.kill(before["pid"], signal.SIGKILL)
+    wait_until(lambda: not os.path.exists("/proc/%d" % before["pid"]), "the end of the service")
+    cli("start", "--resume", check=0)
+    assert state(cli)["port"] == before["port"]
+    assert ask(before["port"], chat("2")).status == 200
+    upstream.script(*[answer({"error": {"message": "no"}}, 500, {"Retry-After": "0"})] * 2)
+    assert ask(before["port"], chat("3")).status == 500
+    with open(recording) as file:
+        calls = [json.loads(line) for line in file]
+    assert [call["request"] for call in calls] == [chat(prompt, seed=7) for prompt in "123"]
+    assert [call["attempts"] for call in calls] == [1, 1, 2]
+
+
+def test_resumed_proxy_asks_for_the_keys_it_had(cli, upstream):
+    key = clean_environ(ROCK_MODEL_SERVICE_UPSTREAM_API_KEY="sk-of-the-upstream")
+    start(cli, "--proxy-base-url", upstream.url, env=key, check=0)
+    cli("stop", check=0)
+    assert "ROCK_MODEL_SERVICE_UPSTREAM_API_KEY" in cli("start", "--resume", check=2).err
+    cli("start", "--resume", env=key, check=0)
+    assert ask(state(cli)["port"], chat()).status == 200
+    assert dict(upstream.seen()[0]["headers"])["authorization"] == "Bearer sk-of-the-upstream"
+
+
+def test_local_service_says_that_its_config_is_a_proxy_s(cli, tmp_path):
+    config = tmp_path / "routes.yaml"
+    config.write_text("host: 127.0.0.1\nport: 0\nproxy_base_url: http://127.0.0.1:1/v1\n")
+    started = cli("start", "--config-file", str(config), check=0)
+    assert "proxy_base_url is for --type proxy; this is the local type" in started.err
+    assert state(cli)["type"] == "local"
+
+
+def test_agent_of_a_proxy_is_watched_too(cli, upstream):
+    """Its end is in the marker log, where a trainer written for the local type looks for it."""
+    start(cli, "--proxy-base-url", upstream.url, check=0)
+    cli("watch-agent", "--pid", "999999999", check=0)
+    assert cli("anti-call-llm", "--index", "0", check=0).out == "SESSION_END\n"
+    assert ask(state(cli)["port"], chat()).status == 200
