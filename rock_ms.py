@@ -3831,8 +3831,8 @@ class UpstreamConnection:
                 return self.sock.recv(SEND_PIECE_BYTES)
             except OSError as error:
                 event = _awaited(error, select.POLLIN)
-                if event is None and getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING":
-                    return b""  # as Pythons after 3.7 say it: many servers end TLS without a word
+                if event is None and "unexpected eof" in str(error):
+                    return b""  # as Pythons newer than 3.7 say it: many servers end TLS without a word
                 if event is None:
                     reason = error.strerror or error
                     raise UpstreamError("the upstream broke the connection: %s" % reason, is_stale=True) from None

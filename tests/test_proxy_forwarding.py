@@ -10,9 +10,7 @@ import select
 import shutil
 import socket
 import socketserver
-import ssl
 import subprocess
-import sys
 import threading
 from urllib.parse import quote
 
@@ -1201,14 +1199,11 @@ UNCLEAN = {  # a close without TLS's own word for it, as many servers have it
     "until closed": [raw(OK, body="{}"), {"close": True}],
     "more behind": [{"send": ok()["send"] + "more"}],
 }
-IS_ODD_PAIR = sys.version_info < (3, 8) and ssl.OPENSSL_VERSION_INFO >= (3,)
 
 
 @pytest.mark.parametrize("script", UNCLEAN.values(), ids=UNCLEAN)
 @pytest.mark.usefixtures("trusted")
 def test_tls_connection_that_is_not_clean_is_not_used_again(tmp_path, secure, script):
-    if IS_ODD_PAIR and script == UNCLEAN["until closed"]:
-        pytest.skip("Python 3.7 takes such an end for an error of OpenSSL 3, which is newer than it")
     secure.script(script)
     with running(tmp_path, Proxy, upstream=secure) as proxy:
         assert call(proxy, "GET", "/v1/x").body == b"{}"
