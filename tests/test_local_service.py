@@ -389,6 +389,7 @@ def test_log_held_by_another_writer_delays_no_answer(service):
     service.answer(1)
     call.result()
     waiter = service.ask_later(chat("two"))
+    service.wait_for_turns(2)
     wait_for_waiting(service, 1)
     record = rock_ms.encode_record("response", rock_ms.dump_json(completion()), 2, 1)
     with rock_ms.AppendFile(service.paths.log_file).locked() as file:
