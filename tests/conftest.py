@@ -1,12 +1,27 @@
 """Fixtures: each test has a directory of its own, and whatever it starts is stopped."""
 
 import contextlib
+import faulthandler
 import os
 
 import pytest
 
-from support import Proxy, is_proxy_variable, run_cli, running
+import rock_ms
+from support import TIMEOUT, Proxy, is_proxy_variable, run_cli, running
 from upstream import Upstream
+
+HANG_SECONDS = 4 * TIMEOUT  # no test has more time for what must happen in it
+
+
+def pytest_configure(config):
+    config.stderr_of_all = os.dup(2)  # that no test captures
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item):
+    """Where a test hangs, or the end of all does, every thread's traceback is shown, and nothing else is waited for."""
+    faulthandler.dump_traceback_later(HANG_SECONDS, exit=True, file=item.config.stderr_of_all)
+    yield
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +54,39 @@ def upstream(upstreams):
         upstreams[0] = Upstream()
     upstreams[0].reset()
     return upstreams[0]
+
+
+class StallWatch:
+    """A ClientWatch whose time stands still while its upstream is only slow.
+
+    Where that stalls, and nothing comes, the deadline of a wait has come.
+    """
+
+    def __init__(self, upstream, watch):
+        self._upstream, self._watch, self._now = upstream, watch, 0.0
+
+    def clock(self):
+        return self._now
+
+    def look(self):
+        self._watch.look()
+
+    def wait(self, sock, event, deadline):
+        is_stalling = False
+        while deadline > self._now:
+            if self._watch.wait(sock, event, self._watch.clock() + 0.02):
+                return True
+            if is_stalling:  # and did so before that wait: all that it sends has been seen
+                self._now = deadline
+            is_stalling = self._upstream.is_stalling()
+        return False
+
+
+@pytest.fixture
+def only_stalls_take_time(upstream, monkeypatch):
+    """To a proxy in front of that server nothing but its stalls is a silence, however slow it is."""
+    original = rock_ms.ClientWatch
+    monkeypatch.setattr(rock_ms, "ClientWatch", lambda client: StallWatch(upstream, original(client)))
 
 
 @pytest.fixture

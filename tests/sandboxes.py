@@ -26,7 +26,7 @@ def run(coroutine):
     """Run a coroutine to its end; what it returned."""
 
     async def bounded():
-        return await asyncio.wait_for(coroutine, 4 * TIMEOUT)
+        return await asyncio.wait_for(coroutine, 3 * TIMEOUT)
 
     return asyncio.run(bounded())
 

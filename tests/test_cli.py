@@ -13,8 +13,9 @@ import sysconfig
 import pytest
 
 import rock_ms
-from support import SCRIPT, Later, ask, chat, clean_environ, completion, run_cli, wait_until
+from support import SCRIPT, TIMEOUT, Later, ask, chat, clean_environ, completion, run_cli, wait_until
 
+pytestmark = pytest.mark.load
 ANSWER = json.dumps(completion())
 
 
@@ -47,6 +48,7 @@ def agent_process():
 # The loop -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.everywhere
 def test_demo_shows_the_loop_where_there_is_only_the_file(tmp_path):
     script = shutil.copy(SCRIPT, str(tmp_path))
     # Settings of the surroundings must not reach into the demo.
@@ -61,6 +63,7 @@ def test_demo_shows_the_loop_where_there_is_only_the_file(tmp_path):
     assert [name for name in os.listdir(str(tmp_path)) if name != "__pycache__"] == ["rock_ms.py"]
 
 
+@pytest.mark.everywhere
 def test_scenario_of_rocks_own_integration_test(cli):
     port = start(cli)["port"]
     request = {**chat("Hello! How are you?"), "temperature": 0.7, "stream": False}
@@ -169,7 +172,7 @@ def test_watched_agent_is_watched_again_after_a_kill_and_after_a_stop(cli):
         assert b"SESSION_END" not in logged(cli)
         agent.kill()
         agent.wait()
-        assert cli("anti-call-llm", "--index=0", "--timeout=20", check=0).out == "SESSION_END\n"
+        assert cli("anti-call-llm", "--index=0", "--timeout=60", check=0).out == "SESSION_END\n"
 
 
 def test_resumed_service_listens_where_it_did_and_does_not_forget_its_key(cli):
@@ -292,6 +295,7 @@ def test_state_of_a_killed_service_is_no_hindrance(cli):
     assert ask(running["port"], method="GET", path="/health").status == 200
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_foreground_service_ends_cleanly_by_a_signal(cli, number):
     words = [
@@ -316,7 +320,7 @@ def test_foreground_service_ends_cleanly_by_a_signal(cli, number):
     call = Later(lambda: ask(state(cli)["port"], chat()))
     wait_until(lambda: b"LLM_REQUEST_START" in logged(cli))
     process.send_signal(number)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=TIMEOUT)
     assert call.result().status == 503
     assert (process.returncode, out) == (0, b"")
     assert b"POST /v1/chat/completions 503" in err
@@ -438,6 +442,7 @@ def test_another_answer_to_the_same_request_is_refused(cli):
     assert call.result().json() == completion()
 
 
+@pytest.mark.everywhere
 def test_text_of_any_kind_passes_a_locale_that_knows_only_ascii(cli):
     environ = clean_environ(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
     port = start(cli, env=environ)["port"]
@@ -454,7 +459,7 @@ def test_reader_of_our_output_that_has_gone_is_no_traceback(cli):
     reading, writing = os.pipe()
     os.close(reading)
     words = [sys.executable, SCRIPT, "anti-call-llm", "--index=0", "--data-dir", cli.data_dir]
-    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, env=clean_environ(), timeout=30)
+    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, env=clean_environ(), timeout=TIMEOUT)
     os.close(writing)
     assert done.returncode == 1
     assert b"Traceback" not in done.stderr
@@ -468,7 +473,9 @@ def test_closed_standard_streams_change_no_exit_code(cli, closing):
     start_words = ["start", "--host=127.0.0.1", "--port=0", "--data-dir", cli.data_dir]
     for words, code in ((start_words, 0), (["anti-call-llm", "--index=0", "--timeout=0", *start_words[-2:]], 75)):
         command = ["sh", "-c", shell, sys.executable, SCRIPT, *words]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environ(), timeout=30)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environ(), timeout=TIMEOUT
+        )
         assert (done.returncode, b"Traceback" in done.stderr) == (code, False), done.stderr
     assert ask(state(cli)["port"], method="GET", path="/health").status == 200
 
@@ -477,7 +484,7 @@ def test_output_that_cannot_be_written_is_an_error_without_a_traceback(cli):
     start(cli)
     with agent_process() as agent, open("/dev/full", "wb") as full:
         words = [sys.executable, SCRIPT, "watch-agent", "--pid", str(agent.pid), "--data-dir", cli.data_dir]
-        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, env=clean_environ(), timeout=30)
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, env=clean_environ(), timeout=TIMEOUT)
     assert done.returncode == 1
     assert done.stderr == b"rock-ms: [Errno 28] No space left on device\n"
 
@@ -485,6 +492,7 @@ def test_output_that_cannot_be_written_is_an_error_without_a_traceback(cli):
 # Names and help -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.everywhere
 def test_version_and_help_speak_of_every_command():
     assert run_cli("--version", check=0).out == "rock-model-service %s\n" % rock_ms.__version__
     out = run_cli("--help", check=0).out
@@ -493,24 +501,27 @@ def test_version_and_help_speak_of_every_command():
         assert "usage:" in run_cli(command, "--help", check=0).out
 
 
+@pytest.mark.everywhere
 def test_rocks_own_spelling_is_understood(tmp_path):
     assert "usage:" in run_cli("model-service", "start", "--help", check=0).out
     assert "no model service" in run_cli("model-service", "stop", "--data-dir", tmp_path, check=0).out
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("name", ["rock", "rock-ms"])
 def test_installed_command_is_the_same_program(name):
     command = os.path.join(sysconfig.get_path("scripts"), name)
     if not os.path.exists(command):
         pytest.skip("the distribution is not installed here; tox installs it")
-    done = subprocess.run([command, "model-service", "--version"], stdout=subprocess.PIPE, timeout=30)
+    done = subprocess.run([command, "model-service", "--version"], stdout=subprocess.PIPE, timeout=TIMEOUT)
     assert done.stdout.decode() == "rock-model-service %s\n" % rock_ms.__version__
 
 
+@pytest.mark.everywhere
 def test_file_imports_nothing_but_the_standard_library(tmp_path):
     script = shutil.copy(SCRIPT, str(tmp_path))
     command = [sys.executable, "-I", "-S", "-W", "error", "-bb", script, "demo"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environ(), timeout=60)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environ(), timeout=TIMEOUT)
     assert (done.returncode, done.stderr) == (0, b"")
 
 

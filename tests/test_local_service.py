@@ -222,10 +222,11 @@ def test_error_after_heartbeats_is_an_error_body(tmp_path, stream):
 # Parallel requests --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.load
 def test_five_hundred_requests_in_flight_answered_in_random_order_each_get_their_own(tmp_path):
     count = 500
     with running(tmp_path) as service:
-        calls = {number: service.ask_later(chat("prompt %d" % number), timeout=60) for number in range(count)}
+        calls = {number: service.ask_later(chat("prompt %d" % number)) for number in range(count)}
         service.wait_for_turns(count)
         wait_for_waiting(service, count)
         requests = [record for record in service.records() if record.kind == "request"]

@@ -18,7 +18,7 @@ import rock_sdk
 from rock_ms import SESSION_END_MARKER, NotYet, RockError, UsageError
 from rock_sdk import DockerSandbox, ModelService, SandboxError, SandboxGone, StateError
 from sandboxes import IMAGE, RockShapedSandbox, Seen, local_sandbox, need_engine, run
-from support import SCRIPT, Later, ask, chat, completion, wait_until
+from support import SCRIPT, TIMEOUT, Later, ask, chat, completion, wait_until
 
 pytestmark = pytest.mark.load
 
@@ -638,7 +638,7 @@ def test_a_setting_in_env_that_the_other_commands_need_reaches_them_too(tmp_path
             headers = {"Authorization": "Bearer sesame-of-the-service"}
             await place.service.watch_agent(os.getpid())
             call = Later(lambda: ask(place.port, chat(), headers=headers))
-            await place.next(call_timeout=5)
+            await place.next(call_timeout=TIMEOUT)
             await place.answer(text())
             assert call.result().status == 200
             await place.service.stop()
@@ -1034,11 +1034,9 @@ async def until_asked(sandbox, task):
 
 
 def test_a_sandbox_that_is_lost_is_an_error_with_its_name_within_bounded_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(rock_sdk, "LOST_SECONDS", 4.0)
-
     async def lost(sandbox, call):
         with pytest.raises(SandboxError, match=re.escape("[%s] the sandbox failed: " % sandbox.sandbox_id)):
-            await asyncio.wait_for(call, 3 * rock_sdk.LOST_SECONDS)
+            await asyncio.wait_for(call, TIMEOUT)
 
     async def scenario():
         dead = RockShapedSandbox(tmp_path)
@@ -1050,6 +1048,7 @@ def test_a_sandbox_that_is_lost_is_an_error_with_its_name_within_bounded_time(tm
             await place.next()
             waiting = asyncio.ensure_future(place.next(text()))
             await until_asked(sandbox, waiting)
+            monkeypatch.setattr(rock_sdk, "LOST_SECONDS", 4.0)
             sandbox.is_dead = True
             await asyncio.gather(lost(sandbox, waiting), lost(dead, ModelService(dead).install()))
 

@@ -11,6 +11,8 @@ import pytest
 from support import SCRIPT, TIMEOUT, ask, chat, clean_environ, wait_until
 from upstream import answer
 
+pytestmark = pytest.mark.load
+
 
 def state(cli):
     with open(os.path.join(cli.data_dir, "LLMService.json")) as file:
@@ -21,6 +23,7 @@ def start(cli, *words, **options):
     return cli("start", "--type", "proxy", "--host", "127.0.0.1", "--port", "0", *words, **options)
 
 
+@pytest.mark.everywhere
 def test_start_says_where_calls_go_and_where_they_are_recorded(cli, tmp_path, upstream):
     recording = str(tmp_path / "run.jsonl")
     started = start(cli, "--proxy-base-url", upstream.url, "--recording-file", recording, check=0)

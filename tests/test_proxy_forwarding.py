@@ -1064,7 +1064,7 @@ def test_malformed_answer_is_502(wire, script, said):
 @pytest.mark.parametrize("text", [OK + "\nContent-Length: 2\n\n{}", "SSH-2.0-OpenSSH_9.6\n"], ids=["HTTP", "other"])
 def test_header_of_bare_line_feeds_is_502_and_not_waited_for(tmp_path, upstream, text):
     """The request's header is refused at its first bare line feed, too."""
-    with running(tmp_path, Proxy, upstream=upstream, max_attempts=1, request_timeout=0.2) as proxy:
+    with running(tmp_path, Proxy, upstream=upstream, max_attempts=1, request_timeout=20) as proxy:
         upstream.script([{"send": text}, {"stall": True}])
         assert proxy.ask(chat()).status == 502
 

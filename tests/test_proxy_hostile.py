@@ -271,7 +271,7 @@ def telling(serve):
 @pytest.mark.parametrize("serve", ENDLESS_SEEN)
 def test_header_without_end_ends_when_the_client_hangs_up(tmp_path, serve):
     serve_and_tell, begun = telling(serve)
-    with before(tmp_path, serve_and_tell, request_timeout=1.0) as proxy:
+    with before(tmp_path, serve_and_tell, request_timeout=30.0) as proxy:
         with connected(proxy):
             assert begun.wait(TIMEOUT)
         assert (last_call(proxy)["status"], last_call(proxy)["error"]) == (499, "the client hung up")
@@ -281,7 +281,7 @@ def test_header_without_end_ends_when_the_client_hangs_up(tmp_path, serve):
 @pytest.mark.usefixtures("prompt_stop")
 def test_header_without_end_does_not_outlive_the_service(tmp_path, serve):
     serve_and_tell, begun = telling(serve)
-    with before(tmp_path, serve_and_tell, request_timeout=1.0) as proxy:
+    with before(tmp_path, serve_and_tell, request_timeout=30.0) as proxy:
         with connected(proxy):
             assert begun.wait(TIMEOUT)
             proxy.server.stop()
@@ -465,10 +465,10 @@ def test_beginning_of_a_key_at_the_end_of_a_partial_record_is_hidden(one_attempt
 def test_many_tool_calls_in_one_chunk_are_added_up_in_time():
     calls = [{"index": number, "id": "c%d" % number, "function": {"name": "f"}} for number in range(20000)]
     data = json.dumps(delta(tool_calls=calls))
-    began, events = time.monotonic(), rock_ms.CompletionEvents()
+    began, events = time.process_time(), rock_ms.CompletionEvents()
     events.add("", data)
     assert len(events.response()["choices"][0]["message"]["tool_calls"]) == 20000
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
 
 
 def test_many_empty_gzip_members_are_undone_without_copying_all_each_time(one_attempt, upstream, monkeypatch):
@@ -652,7 +652,7 @@ def test_name_that_is_not_found_in_time_is_504(tmp_path, slow_names):
 
 
 def test_search_for_a_name_ends_when_the_client_hangs_up(tmp_path, slow_names):
-    with running(tmp_path, Proxy, request_timeout=10.0, **SLOW) as proxy:
+    with running(tmp_path, Proxy, request_timeout=60.0, **SLOW) as proxy:
         with connected(proxy):
             wait_until(resolvers)
         assert (last_call(proxy)["status"], last_call(proxy)["error"]) == (499, "the client hung up")
@@ -663,7 +663,7 @@ def test_search_for_a_name_ends_when_the_client_hangs_up(tmp_path, slow_names):
 @pytest.mark.usefixtures("prompt_stop")
 def test_search_for_a_name_does_not_delay_the_stop(tmp_path, slow_names):
     with nothing_left():
-        proxy = Proxy(tmp_path, request_timeout=10.0, **SLOW)
+        proxy = Proxy(tmp_path, request_timeout=60.0, **SLOW)
         proxy.server.start()
         with connected(proxy):
             wait_until(resolvers)
@@ -675,7 +675,7 @@ def test_search_for_a_name_does_not_delay_the_stop(tmp_path, slow_names):
 
 
 def test_search_for_a_name_that_fails_at_last_is_502(tmp_path, slow_names):
-    with running(tmp_path, Proxy, request_timeout=10.0, **SLOW) as proxy:
+    with running(tmp_path, Proxy, request_timeout=60.0, **SLOW) as proxy:
         later = proxy.ask_later(chat())
         wait_until(resolvers)
         slow_names.set()
@@ -690,14 +690,14 @@ def test_upload_may_take_longer_than_the_timeout_if_it_goes_on(tmp_path):
         while left > 0:
             left -= len(sock.recv(128 * 1024))
             if left > 6 * 1024 * 1024:  # the rest fits into the kernel's buffers, and is no upload any more
-                select.select([], [], [], 0.01)
+                select.select([], [], [], 0.03)
         seconds.append(time.monotonic() - began)
         sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
 
-    with before(tmp_path, serve, request_timeout=0.4) as proxy:
+    with before(tmp_path, serve, request_timeout=2.0) as proxy:
         got = proxy.ask(b"x" * size)
         assert (got.status, got.body) == (200, b"{}")
-        assert seconds[0] > 0.6, "it took longer than the timeout"
+        assert seconds[0] > 2.0, "it took longer than the timeout"
 
 
 def test_early_refusal_of_an_upload_reaches_the_client(tmp_path):
@@ -708,7 +708,7 @@ def test_early_refusal_of_an_upload_reaches_the_client(tmp_path):
         sock.sendall(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\n{}")
         ended.wait(TIMEOUT)  # neither reads nor closes
 
-    with before(tmp_path, serve, request_timeout=5.0) as proxy:
+    with before(tmp_path, serve, request_timeout=30.0) as proxy:
         try:
             got = proxy.ask(b"x" * (20 * 1024 * 1024))
             assert (got.status, got.body) == (413, b"{}")
@@ -723,7 +723,7 @@ def test_early_refusal_of_an_upload_reaches_the_client(tmp_path):
 @pytest.mark.parametrize("stray", [b"\r\n", b"\n", raw_request()], ids=["CRLF", "LF", "request"])
 @pytest.mark.parametrize("is_late", [False, True])
 def test_hangup_behind_stray_bytes_is_seen(start, upstream, stray, is_late):
-    proxy = start(request_timeout=3.0, max_attempts=1)
+    proxy = start(request_timeout=30.0, max_attempts=1)
     upstream.script([STALL])
     data = raw_request(json.dumps(chat()).encode())
     with connected(proxy, data if is_late else data + stray) as client:
@@ -789,7 +789,7 @@ def test_client_that_is_gone_while_the_header_is_written_leaves_what_was_held(st
 def test_line_ends_before_a_request_do_not_go_on_for_ever(proxy, monkeypatch):
     monkeypatch.setattr(rock_ms, "HEAD_SECONDS", 0.2)
     monkeypatch.setattr(rock_ms, "LINGER_SECONDS", 0.1)
-    deadline, came = time.monotonic() + 8, b""
+    deadline, came = time.monotonic() + TIMEOUT, b""
     with connected(proxy, b"\r\n") as client, contextlib.suppress(ConnectionResetError, BrokenPipeError):
         while not came:
             assert time.monotonic() < deadline, "it still reads"

@@ -141,6 +141,7 @@ SILENCES = {
 
 
 @pytest.mark.parametrize("silence", SILENCES.values(), ids=list(SILENCES))
+@pytest.mark.usefixtures("only_stalls_take_time")
 def test_silence_is_followed_by_another_attempt_and_is_504_in_the_end(start, upstream, silence):
     proxy = start(request_timeout=0.1, max_attempts=2)
     upstream.script(silence, answer(PLAIN), silence, silence)
@@ -533,6 +534,7 @@ def test_stream_that_fails_before_its_first_byte_is_tried_again(proxy, upstream,
     assert proxy.pauses == [2.0, 2.0]
 
 
+@pytest.mark.usefixtures("only_stalls_take_time")
 def test_stream_that_is_silent_before_its_first_byte_is_tried_again(start, upstream):
     proxy = start(request_timeout=0.1)
     upstream.script([STALL], [SSE_HEAD, STALL], sse(*words("Hello")))
@@ -572,6 +574,7 @@ def talked(proxy, upstream, value, first, gate):
 
 
 @pytest.mark.parametrize("end", BREAKS.values(), ids=list(BREAKS))
+@pytest.mark.usefixtures("only_stalls_take_time")
 def test_stream_that_breaks_after_its_first_byte_is_not_tried_again(start, upstream, end):
     proxy = start(request_timeout=0.2)
     upstream.script([SSE_HEAD, send(chunk(":")), {"gate": "seen"}, *end])
@@ -610,6 +613,7 @@ def test_stream_request_gets_the_error_of_the_last_attempt(start, upstream, stat
 # The client's connection --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("only_stalls_take_time")
 def test_connection_of_the_client_survives_failures(start, upstream):
     proxy = start(max_attempts=2, request_timeout=0.2)
     upstream.script([CLOSE], failed(500), failed(500), [CLOSE], [CLOSE], [STALL], [STALL])

@@ -10,7 +10,7 @@ import pytest
 import rock_ms
 import rock_sdk
 import sandboxes
-from support import SCRIPT, Later, clean_environ, completion, run_cli, wait_until
+from support import SCRIPT, TIMEOUT, Later, clean_environ, completion, run_cli, wait_until
 
 README = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "README.md")
 
@@ -90,7 +90,7 @@ def test_loop_runs_as_shown(readme, tmp_path):
 
     def shell(text):
         script = text.replace("8080", str(port))
-        return subprocess.check_output(["sh", "-ec", script], cwd=str(tmp_path), env=environ, timeout=60).decode()
+        return subprocess.check_output(["sh", "-ec", script], cwd=str(tmp_path), env=environ, timeout=TIMEOUT).decode()
 
     try:
         started = Later(lambda: shell(begin))
@@ -151,7 +151,7 @@ def test_recording_replaying_and_routing_run_as_shown(readme, tmp_path, upstream
 
     def shell(text):
         script = text.replace("8080", str(port)).replace("https://api.openai.com/v1", upstream.url)
-        return subprocess.check_output(["sh", "-ec", script], cwd=str(tmp_path), env=environ, timeout=60).decode()
+        return subprocess.check_output(["sh", "-ec", script], cwd=str(tmp_path), env=environ, timeout=TIMEOUT).decode()
 
     try:
         recorded = shell(record)
@@ -180,7 +180,7 @@ def test_train_loop_runs_as_shown(readme, tmp_path):
         (tmp_path / os.path.basename(module.__file__)).symlink_to(module.__file__)
     environ = clean_environ(PATH=sandboxes.PATH, TMPDIR=str(tmp_path))
     command = [sys.executable, "-W", "error", "train.py"]
-    assert subprocess.check_output(command, cwd=str(tmp_path), env=environ, timeout=60).decode() == printed
+    assert subprocess.check_output(command, cwd=str(tmp_path), env=environ, timeout=TIMEOUT).decode() == printed
     left = set(os.listdir(str(tmp_path))) - {"__pycache__"}
     assert left == {"agent", "rock_ms.py", "rock_sdk.py", "train.py"}
 
@@ -198,7 +198,7 @@ def test_train_loop_runs_in_a_container_by_the_line_that_is_shown(readme, tmp_pa
     assert changed.count("DockerSandbox") == 2
     command = [sys.executable, "-c", changed]
     environ = clean_environ(PYTHONPATH=os.path.dirname(SCRIPT))
-    assert subprocess.check_output(command, cwd=str(tmp_path), env=environ, timeout=120) == b"0 42\n"
+    assert subprocess.check_output(command, cwd=str(tmp_path), env=environ, timeout=2 * TIMEOUT) == b"0 42\n"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import tracemalloc
 import pytest
 
 from rock_ms import Recording, UsageError
-from support import Later, Proxy, chat, completion, nothing_left, raw_request, running, talk, wait_until
+from support import TIMEOUT, Later, Proxy, chat, completion, nothing_left, raw_request, running, talk, wait_until
 from upstream import Upstream, answer, chunked, delta, sse, words
 
 
@@ -261,7 +261,7 @@ def test_fifty_threads_get_each_answer_once(tmp_path):
         barrier = threading.Barrier(50)
 
         def ask():
-            barrier.wait(30)
+            barrier.wait(TIMEOUT)
             return said(service.ask(chat()))
 
         got = [later.result() for later in [Later(ask) for _ in range(50)]]
@@ -275,7 +275,7 @@ def test_threads_do_not_disturb_each_others_reading(tmp_path):
     with contextlib.closing(Recording(str(path), False)) as recording:
 
         def take():
-            barrier.wait(30)
+            barrier.wait(TIMEOUT)
             calls = [recording.take("POST", "/v1/chat/completions", None) for _ in range(50)]
             return [said_by(call.value["response"]) for call in calls]
 
@@ -475,7 +475,7 @@ def record_cut_off(tmp_path, model, body, steps, path="/v1/chat/completions"):
     partial = []
     with recording(tmp_path, model, *scripts, heartbeat_seconds=0.05) as proxy:
         for gate in gates:
-            connection = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=30)
+            connection = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=TIMEOUT)
             with contextlib.closing(connection):
                 connection.request("POST", path, json.dumps(body).encode("utf-8"), {"Content-Type": "application/json"})
                 response = connection.getresponse()  # some of it was passed on: it is not asked for once more
@@ -546,7 +546,7 @@ def test_connection_cannot_be_used_after_a_call_that_was_cut_off(tmp_path):
 def test_call_whose_client_hung_up_before_anything_came_gets_no_answer(tmp_path, model):
     with recording(tmp_path, model, {"stall": True}) as proxy:
         count = len(model.seen()) + 1
-        with contextlib.closing(socket.create_connection(("127.0.0.1", proxy.port), 30)) as sock:
+        with contextlib.closing(socket.create_connection(("127.0.0.1", proxy.port), TIMEOUT)) as sock:
             sock.sendall(raw_request(json.dumps(chat()).encode("utf-8")))
             model.seen(count)
         (call,) = wait_until(proxy.trajectory, "the record")
@@ -824,7 +824,7 @@ def test_replay_by_the_command_line(tmp_path, cli):
     path = write(tmp_path, recorded("1"))
     cli("start", "--type", "proxy", "--port", "0", "--host", "127.0.0.1", "--replay-file", path, check=0)
     state = json.loads((tmp_path / "data" / "LLMService.json").read_text())
-    connection = http.client.HTTPConnection("127.0.0.1", state["port"], timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", state["port"], timeout=TIMEOUT)
     with contextlib.closing(connection):
         connection.request("POST", "/v1/chat/completions", json.dumps(chat()), {"Content-Type": "application/json"})
         assert json.loads(connection.getresponse().read().decode("utf-8")) == completion("1")

@@ -348,14 +348,14 @@ def test_runtime_and_model_service_are_installed_side_by_side():
 def failing(step, command, tmp_path):
     """A configuration in which one step fails so."""
     if step == "unpacking working_dir":
-        return {"working_dir": str(tmp_path), "agent_install_timeout": 0.5}
-    init = {"command": command, "timeout_seconds": 0.5}
+        return {"working_dir": str(tmp_path), "agent_install_timeout": 2}
+    init = {"command": command, "timeout_seconds": 2}
     if step.startswith(("pre_init_cmds", "post_init_cmds")):
         return {step.split()[0]: ["true", init]}
     if step == "runtime_env_config.custom_install_cmd":
-        return {"runtime_env_config": {"custom_install_cmd": command, "install_timeout": 0.5}}
+        return {"runtime_env_config": {"custom_install_cmd": command, "install_timeout": 2}}
     if step in ("config_ini_cmd", "install_cmd"):
-        return {"model_service_config": {"enabled": True, step: command, "install_timeout": 0.5}}
+        return {"model_service_config": {"enabled": True, step: command, "install_timeout": 2}}
     return {"model_service_config": {"enabled": True, "start_cmd": command}}
 
 
@@ -405,7 +405,7 @@ def test_a_step_that_fails_is_named_with_the_end_of_what_it_said(step, tmp_path)
 @pytest.mark.parametrize("step", [step for step in STEPS if "start" not in step])  # whose time is not to be set
 def test_a_step_that_takes_too_long_is_named_and_killed_with_its_children(step, tmp_path):
     said = install_failing(step, "echo before; sleep 600 & sleep 600", tmp_path)
-    assert step in said and "did not end within 0.5 s" in said and said.endswith("before")
+    assert step in said and "did not end within 2 s" in said and said.endswith("before")
 
 
 @pytest.mark.parametrize(
@@ -839,7 +839,7 @@ def test_a_trainer_written_for_rock_answers_beside_a_second_run(after):
     async def main():
         await after.run("true")
         both = asyncio.gather(after.run(agent_of_turns("p")), trainer(after.model_service, Policy()))
-        return await asyncio.wait_for(both, TIMEOUT / 2)
+        return await asyncio.wait_for(both, TIMEOUT)
 
     seen, count = run(main())
     assert seen.output == "'p': 3 turns were right\n" and count == 3
@@ -916,20 +916,20 @@ def test_a_session_ends_with_its_agent(script, output, exit_code, count):
 def test_an_agent_past_its_time_is_killed_with_its_children():
     async def main():
         async with a_sandbox() as sandbox:
-            agent = await installed(sandbox, agent_run_timeout=0.5)
+            agent = await installed(sandbox, agent_run_timeout=2)
             seen = await agent.run("echo begun; sleep 600 & (sleep 600 & sleep 600) & trap '' TERM HUP; sleep 600")
             nothing_runs(sandbox.directory)
             assert our_files(sandbox.directory) == []
             return seen
 
-    reason = "the agent did not end within 0.5 s, and was killed"
+    reason = "the agent did not end within 2 s, and was killed"
     assert run(main()) == Observation("begun\n", 124, reason)
 
 
 def test_a_policy_is_told_the_end_of_an_agent_past_its_time():
     async def main():
         async with a_sandbox() as sandbox:
-            agent = await installed(sandbox, model_service_config=SERVED, agent_run_timeout=1.5)
+            agent = await installed(sandbox, model_service_config=SERVED, agent_run_timeout=8)
             seen = await agent.run(ASK_ONE + "; sleep 600", hello)
             nothing_runs(sandbox.directory)
             return seen, agent.model_service.last_index
@@ -1237,7 +1237,7 @@ def train(tmp_path, *words):
         env=dict(os.environ, PYTHONPATH=os.pathsep.join(paths), TMPDIR=str(tmp_path)),
         cwd=str(tmp_path),
         stdout=subprocess.PIPE,
-        timeout=4 * TIMEOUT,
+        timeout=3 * TIMEOUT,
     )
     return done.returncode, done.stdout.decode("utf-8").splitlines()
 
@@ -1395,7 +1395,7 @@ def test_an_agent_of_several_turns_in_a_sandbox_as_rocks(tmp_path):
 
 
 def test_fifty_sandboxes_at_once_do_not_meet():
-    count, turns = 50, 10
+    count, turns = 50, 3
 
     async def episode(number):
         policy = Policy()
@@ -1408,7 +1408,7 @@ def test_fifty_sandboxes_at_once_do_not_meet():
     async def main():
         return await asyncio.gather(*(episode(number) for number in range(count)))
 
-    seen = asyncio.run(asyncio.wait_for(main(), 20 * TIMEOUT))
+    seen = asyncio.run(asyncio.wait_for(main(), 3 * TIMEOUT))
     said = ["'agent %d': %d turns were right\n" % (number, turns) for number in range(count)]
     assert seen == [Observation(text, 0, "") for text in said]
 

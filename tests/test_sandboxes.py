@@ -215,8 +215,8 @@ def test_what_no_shell_can_be_given_is_refused(kind, command, mode, message):
 def test_both_modes_and_what_is_taken_for_the_sake_of_rock_are_the_same(sandbox):
     began = time.monotonic()
     for mode in ("normal", "nohup"):
-        assert arun(sandbox, "echo $1; exit 4", "session", 60, 30, mode).exit_code == 4
-    assert time.monotonic() - began < 30, "the end of a command was not noticed at once"
+        assert arun(sandbox, "echo $1; exit 4", "session", 300, 200, mode).exit_code == 4
+    assert time.monotonic() - began < TIMEOUT, "the end of a command was not noticed at once"
 
 
 def test_megabytes_come_back(sandbox):
@@ -246,14 +246,14 @@ def test_a_child_in_the_background_runs_on_and_delays_nothing(sandbox):
     text = nap()
     began = time.monotonic()
     seen = arun(sandbox, "sleep %s & echo $!" % text)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < TIMEOUT
     assert seen.exit_code == 0 and alive(sandbox, text)
     assert arun(sandbox, "kill -KILL %d" % int(seen.output)).exit_code == 0
     wait_until(lambda: not alive(sandbox, text))
 
 
 def test_when_the_time_is_over_all_that_a_command_started_is_killed(sandbox):
-    text, seconds = nap(), 0.7 if isinstance(sandbox, LocalSandbox) else 5  # an engine that is busy takes its time
+    text, seconds = nap(), 2 if isinstance(sandbox, LocalSandbox) else 5  # an engine that is busy takes its time
     command = "trap '' TERM HUP INT; sh -c '(sleep {0}; true) & sleep {0}; true' & echo said; sleep {0}; true"
     seen = arun(sandbox, command.format(text), wait_timeout=seconds, mode="nohup")
     assert (seen.output, seen.exit_code) == ("said\n", 124)
@@ -263,7 +263,7 @@ def test_when_the_time_is_over_all_that_a_command_started_is_killed(sandbox):
 
 def wait_for_end(sandbox, text):
     """Wait until no process has that text; end those that are left."""
-    deadline = time.monotonic() + 3
+    deadline = time.monotonic() + TIMEOUT
     while alive(sandbox, text):
         if time.monotonic() > deadline:
             arun(sandbox, "for p in $(grep -laF %s /proc/[0-9]*/cmdline); do kill -9 ${p//[a-z\\/]/}; done" % text)
@@ -273,7 +273,7 @@ def wait_for_end(sandbox, text):
 
 def test_a_command_that_talks_without_end_is_killed_like_any_other(sandbox, monkeypatch):
     monkeypatch.setattr(rock_sdk, "MAX_OUTPUT_BYTES", 1000)
-    text, seconds = nap(), 0.7 if isinstance(sandbox, LocalSandbox) else 3
+    text, seconds = nap(), 2 if isinstance(sandbox, LocalSandbox) else 3
     seen = arun(sandbox, "seq 1000; exec sleep %s" % text, wait_timeout=seconds)
     assert seen.exit_code == 124
     wait_for_end(sandbox, text)
@@ -588,7 +588,7 @@ def test_an_upload_of_what_is_no_file_ends_at_once_and_says_so(sandbox, tmp_path
     os.mkfifo(fifo)
     with open(fifo, "r+b", buffering=0) as writer:
         later = Later(lambda: upload(sandbox, fifo, "here"))
-        deadline = time.monotonic() + 3
+        deadline = time.monotonic() + TIMEOUT
         while not later.is_done() and time.monotonic() < deadline:
             time.sleep(0.01)
         is_done = later.is_done()
@@ -865,7 +865,7 @@ def test_a_process_that_cannot_be_started_leaves_nothing():
 
 
 def test_a_process_whose_time_is_over_has_no_exit_code_and_its_output_stays():
-    assert run_process(["sh", "-c", "echo out; sleep %s" % nap()], timeout=0.2) == (None, b"out\n", b"")
+    assert run_process(["sh", "-c", "echo out; sleep %s" % nap()], timeout=2) == (None, b"out\n", b"")
 
 
 def test_killing_a_group_that_has_gone_is_harmless():

@@ -11,6 +11,7 @@ import pytest
 
 from rock_ms import UsageError
 from rock_sdk import AgentBashCommand, ModelServiceConfig, RockAgentConfig, RuntimeEnvConfig, fill
+from support import TIMEOUT
 
 # What the seeds' table and ROCK's classes have; names that ROCK makes up by chance are None.
 DEFAULTS = {
@@ -595,7 +596,7 @@ def test_the_prompt_is_one_word_whatever_it_holds(tmp_path, run_cmd):
         command = 'show() { for word; do :; done; printf %s. "$word"; }\n' + fill(
             template, {"prompt": shlex.quote(prompt)}
         )
-        output = subprocess.check_output(["bash", "-c", command], cwd=str(tmp_path), timeout=30)
+        output = subprocess.check_output(["bash", "-c", command], cwd=str(tmp_path), timeout=TIMEOUT)
         assert output.decode("utf-8") == prompt + "."
     assert os.listdir(str(tmp_path)) == []
 
@@ -604,7 +605,7 @@ def test_a_prompt_behind_a_flag_is_part_of_that_word():
     for run_cmd in ("show --x=${prompt}", 'show --x="${prompt}"'):
         template = RockAgentConfig(run_cmd=run_cmd).run_cmd
         command = 'show() { printf %s. "$@"; }\n' + fill(template, {"prompt": shlex.quote("a 'b' c")})
-        assert subprocess.check_output(["bash", "-c", command], timeout=30) == b"--x=a 'b' c."
+        assert subprocess.check_output(["bash", "-c", command], timeout=TIMEOUT) == b"--x=a 'b' c."
 
 
 @pytest.mark.parametrize(

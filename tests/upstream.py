@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 
-TIMEOUT = 30
+TIMEOUT = 90
 
 
 def answer(body=None, status=200, headers=(), reason="Whatever"):
@@ -86,10 +86,12 @@ class Upstream:
         self.url = "%s://%s:%d/v1" % (scheme, "localhost" if arguments else "127.0.0.1", self.port)
         self._control = socket.create_connection(("127.0.0.1", self.control_port), TIMEOUT)
         self._replies = self._control.makefile("rb")
+        self._lock = threading.Lock()
 
     def _ask(self, **command):
-        self._control.sendall(json.dumps(command).encode() + b"\n")
-        return json.loads(self._replies.readline().decode())
+        with self._lock:
+            self._control.sendall(json.dumps(command).encode() + b"\n")
+            return json.loads(self._replies.readline().decode())
 
     def script(self, *calls):
         """Queue what is done at each of the next calls: a step, or a list of steps."""
@@ -122,6 +124,10 @@ class Upstream:
         """How many connections are open."""
         return self._ask(connections=True)
 
+    def is_stalling(self):
+        """Whether a call is in a `stall`, on a connection that the other side has not closed."""
+        return self._ask(stalling=True)
+
     def kill(self):
         """End the process, and all connections with it."""
         self._process.kill()
@@ -152,6 +158,7 @@ class State:
         self.gates = set()
         self.closed = 0
         self.accepted = 0
+        self.stalled = []
 
     def change(self, function):
         with self.changed:
@@ -166,6 +173,16 @@ class State:
 
 class Broken(Exception):
     pass
+
+
+def is_open(sock):
+    """Whether the other side has not closed a connection."""
+    try:
+        return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
 
 
 class Handler(socketserver.BaseRequestHandler):
@@ -227,6 +244,12 @@ class Handler(socketserver.BaseRequestHandler):
     def _count_closed(self):
         self.state.closed += 1
 
+    def _note_stall(self):
+        self.state.stalled.append(self.request)
+
+    def _forget_stall(self):
+        self.state.stalled.remove(self.request)
+
     def _do(self, step):
         if "send" in step:
             self.request.sendall(step["send"].encode("latin-1"))
@@ -240,8 +263,12 @@ class Handler(socketserver.BaseRequestHandler):
         elif "gate" in step:
             self.state.wait(lambda: step["gate"] in self.state.gates)
         elif "stall" in step:
-            while True:
-                self._receive()
+            self.state.change(self._note_stall)
+            try:
+                while True:
+                    self._receive()
+            finally:
+                self.state.change(self._forget_stall)
         elif "close" in step:
             raise Broken
         elif "reset" in step:
@@ -269,6 +296,8 @@ class Control(socketserver.StreamRequestHandler):
             elif "closed" in command:
                 state.wait(lambda command=command: state.closed >= command["closed"])
                 value = state.closed >= command["closed"]
+            elif "stalling" in command:
+                value = state.change(lambda: any(map(is_open, state.stalled)))
             else:
                 value = state.connections
             self.wfile.write(json.dumps(value).encode() + b"\n")
