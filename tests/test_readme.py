@@ -88,15 +88,17 @@ def test_loop_runs_as_shown(readme, tmp_path):
     environ = clean_environ(ROCK_MODEL_SERVICE_DATA_DIR=str(tmp_path / "data"))
     environ["PATH"] = "%s:%s" % (tmp_path, environ["PATH"])
 
-    def shell(text):
+    def shell(text, name):
         script = text.replace("8080", str(port))
-        return subprocess.check_output(["sh", "-ec", script], cwd=str(tmp_path), env=environ, timeout=TIMEOUT).decode()
+        with open(str(tmp_path / name), "wb") as said:
+            subprocess.check_call(["sh", "-ec", script], cwd=str(tmp_path), env=environ, stdout=said, timeout=TIMEOUT)
 
     try:
-        started = Later(lambda: shell(begin))
-        wait_until(lambda: rock_ms.ServiceState(str(tmp_path / "data")).is_running(), "the service")
-        assert "stopped" in shell(train)
-        assert "watching process" in started.result()
+        started = Later(lambda: shell(begin, "begun"))
+        wait_until(lambda: (tmp_path / "begun").exists() and "watching process" in (tmp_path / "begun").read_text())
+        shell(train, "trained")  # no sooner, or the agent might end before it is watched
+        started.result()
+        assert "stopped" in (tmp_path / "trained").read_text()
     finally:
         run_cli("stop", check=0, env=environ)
     assert [line[:30] for line in (tmp_path / "seen").read_text().splitlines()] == [
