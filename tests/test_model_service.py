@@ -1405,6 +1405,7 @@ async def cancel_after(seconds, call):
     return task.cancelled()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("what", ["install", "install_cmd", "start", "turn", "large turn", "run"])
 def test_cancelling_at_any_moment_leaves_no_process_and_no_file_and_a_usable_service(tmp_path, kind, what):

@@ -1394,6 +1394,7 @@ def test_an_agent_of_several_turns_in_a_sandbox_as_rocks(tmp_path):
     assert policy.turns() == [1, 2, 3, 4, 5, 6] and processes_with(str(tmp_path)) == []
 
 
+@pytest.mark.once
 def test_fifty_sandboxes_at_once_do_not_meet():
     count, turns = 50, 3
 
