@@ -27,9 +27,9 @@ The marker log, `LLMService.log`, holds one record a line:
 It needs Python 3.7 or newer on a POSIX system and nothing else, and it imports nothing of ours: copy this one file
 into any sandbox image.  It is read from top to bottom; each section uses only what stands above it:
 
-    Names and limits . JSON text . Errors . Marker records . HTTP messages . Completions and streams . Settings
-    . Files . Marker log . Anti-call . Trajectory . Processes . HTTP server . Local service . Upstreams
-    . Proxy service . Replay service . Servers . Reading trajectories . Command line
+    Names and limits . JSON text . Errors . Marker records . HTTP messages . Completions and streams . Tool arguments
+    . Settings . Files . Marker log . Anti-call . Trajectory . Processes . HTTP server . Local service . Upstreams
+    . Proxy service . Replay service . Tools . Tool node . Servers . Reading trajectories . Command line
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field, fields, replace
+from operator import ge, gt, le, lt
 
 # Imports that only the running service needs stand in the functions that need them: `anti-call-llm` runs once a
 # turn, and http.server alone would double the time it takes to start.
@@ -65,12 +66,12 @@ SESSION_END_MARKER = "SESSION_END"
 
 LOG_FILE_NAME = "LLMService.log"
 TRAJ_FILE_NAME = "LLMTraj.jsonl"
-STATE_FILE_NAME = "LLMService.json"
-LOCK_FILE_NAME = "LLMService.lock"
+STATE_NAME = "LLMService"  # of the service's state and lock files: NAME.json, NAME.lock
 DEFAULT_DATA_DIR = "/data/logs"
 FALLBACK_DATA_DIR = "~/.rock/logs"
 
 EXIT_FAILED, EXIT_USAGE, EXIT_NOT_YET = 1, 2, 75
+STOP_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))  # that end a service
 
 MAX_HEAD_BYTES = 64 * 1024  # request line and header fields together; agents send long tokens, not novels
 MAX_TARGET_BYTES = 8 * 1024  # what RFC 9112 asks every server to support as a request line
@@ -85,6 +86,7 @@ SEND_PIECE_BYTES = 256 * 1024
 LINGER_SECONDS = 2.0  # after an early refusal we read on so long, or the client sees a reset and not the reason
 STOP_SECONDS = 5.0  # how long open connections may take to finish when the service stops
 START_SECONDS = 30.0  # for the service to answer after `start`
+TOOL_LOAD_SECONDS = 120.0  # for a tool to be loaded, whatever it imports
 REQUEST_SECONDS = 10.0  # for a command's own request to the service
 BACKLOG = 1024  # connections waiting to be accepted; the default of five drops a burst of agents
 
@@ -97,6 +99,7 @@ HOLD_BYTES = 8 * 1024 * 1024  # of an answer that is held until it is whole, so 
 RETRY_AFTER_SECONDS = 600.0  # an upstream that asks for a longer wait than this is not waited for
 MIN_SECRET_LENGTH = 12  # shorter ones are words, as "unused", that stand elsewhere too
 PROXY_TIMEOUT_SECONDS = 120.0  # ROCK's default for the proxy type
+TOOL_CALL_SECONDS = 60.0  # after which a tool that hangs is killed
 IDLE_POLL_SECONDS = 1.0  # nobody waits for an answer, only another writer's SESSION_END can come
 WATCH_SECONDS = 0.2  # how often a watched process is looked at
 GONE_SECONDS = 30.0  # how long anti-call-llm lets the service be away, for a restart with --resume
@@ -107,6 +110,12 @@ CONNECT_SECONDS = 15.0  # for each address of an upstream: one that does not ans
 POOL_SECONDS = 90.0  # after which a connection to an upstream that nobody needed is closed
 MAX_IDLE_UPSTREAMS = 256  # connections kept open
 MAX_MODEL_NAMES = 100  # listed by /v1/models; the names come from the agent
+MAX_TOOL_OUTPUT_BYTES = 8 * 1024 * 1024  # of what a tool returns, as JSON
+MAX_NONCE_CHARACTERS = 128  # of what a client has a tool node prove itself with
+MAX_SAID_CHARACTERS = 2000  # of what a tool or a web service said, in an error message
+TOOL_HTTP_SECONDS = 30.0  # for a built-in tool at each silence of its web service
+WORKER_LOOK_SECONDS = 0.2  # how often a silent worker is looked at
+WORKER_GRACE_SECONDS = 1.0  # after which one whose time is over ends by itself, where no node has ended it
 
 
 # ======================================================================================================================
@@ -264,6 +273,14 @@ def storage_failure() -> ApiError:
 
 class ProtocolError(ApiError):
     """A message that is malformed or ambiguous as HTTP.  The connection cannot be used after it."""
+
+
+def did_you_mean(word: str, known: list) -> str:
+    """A hint at the nearest of `known`, or what there is."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(word, known, 1)
+    return "; did you mean %r?" % near[0] if near else "; known are %s" % ", ".join(known)
 
 
 # ======================================================================================================================
@@ -1159,6 +1176,663 @@ def error_message(answer: object) -> str | None:
 
 
 # ======================================================================================================================
+# Tool arguments: what a tool's parameters mean, whether a call's arguments fit them, and the parameters of a function.
+#
+#   Parameters   modelscope-agent's list is rewritten as a JSON Schema, so that there is one thing to check against. Of
+#                JSON Schema, drafts 4 to 2020-12, all that tools use is read; a keyword not known here says nothing.
+#   Checking     A schema is checked once, as a tool is taken in. After that only the arguments can be wrong.
+#   Faults       What does not fit is a list of (keys and indexes that lead there, what it must be, what came). They are
+#                alternatives, as from the branches of an anyOf: one of them has to be put right. No faults: it fits.
+# ======================================================================================================================
+
+_MAX_FAULTS = 4  # alternatives that one message names
+_MAX_SHOWN = 80  # characters of a value, or of a name, in a message
+_NOTHING, _UNKNOWN = object(), object()  # in place of what came: there is no value; there is no such argument
+
+_TYPES = {"string": "a string", "number": "a number", "integer": "an integer", "boolean": "a boolean"}
+_TYPES.update({"array": "an array", "object": "an object", "null": "null"})
+_LIST_TYPES = {name: name for name in _TYPES if name != "null"}
+_LIST_TYPES.update({"str": "string", "text": "string", "int": "integer", "float": "number", "double": "number"})
+_LIST_TYPES.update({"bool": "boolean", "list": "array", "dict": "object"})
+
+
+def arguments_schema(parameters: object) -> dict:
+    """The JSON Schema, of type object, that a tool's `parameters` mean.
+
+    parameters: modelscope-agent's list of `{"name", "type", "description", "required", "enum"?, "schema"?}`, or a JSON
+    Schema; None and {} are those of a tool that takes none.  In the list form a number will do for a string, as in
+    modelscope-agent's own example, and arguments that are not in the list are let through.  Raises ValueError, which
+    names the place of what is wrong, as `parameters[1] has no name`.
+    """
+    try:
+        parameters = parse_json(_json_text(parameters, "parameters"))  # whatever a tool's class is written with
+        schema, waiting = _unchecked_schema(parameters)
+        seen = set()
+        while waiting:
+            place, part = waiting.pop(0)
+            _check_schema(place, part, schema, seen, waiting, ())
+    except RecursionError:
+        raise ValueError("parameters are nested too deeply") from None
+    return schema
+
+
+def _json_text(value, what):
+    try:
+        return dump_json(value)
+    except TypeError as error:
+        raise ValueError("%s must be JSON: %s" % (what, error)) from None
+    except RecursionError:
+        raise ValueError("%s are nested too deeply" % what) from None
+
+
+def _unchecked_schema(parameters):
+    """The parameters as a JSON Schema, and the (place, part) pairs to check in it."""
+    if isinstance(parameters, list):
+        schema = _schema_of_list(parameters)
+        parts = [("parameters[%d]" % number, part) for number, part in enumerate(schema["properties"].values())]
+        return schema, [*parts, ("parameters", schema)]
+    if parameters is not None and not isinstance(parameters, dict):
+        raise ValueError("parameters must be a list or a JSON Schema, got %s" % _shown(parameters))
+    schema = {"type": "object", **(parameters or {"properties": {}})}
+    if schema["type"] != "object" and not (isinstance(schema["type"], list) and "object" in schema["type"]):
+        raise ValueError('parameters.type must be "object", got %s' % _shown(schema["type"]))
+    schema["type"] = "object"
+    return schema, [("parameters", schema)]
+
+
+def _schema_of_list(parameters):
+    properties, required = {}, []
+    for number, item in enumerate(parameters):
+        place = "parameters[%d]" % number
+        if not isinstance(item, dict):
+            raise ValueError("%s must be an object, got %s" % (place, _shown(item)))
+        name = item.get("name")
+        if name in (None, ""):
+            raise ValueError("%s has no name" % place)
+        if not isinstance(name, str):
+            raise ValueError("%s.name must be a string, got %s" % (place, _shown(name)))
+        if name in properties:
+            raise ValueError("%s is a second one named %s" % (place, dump_json(name)))
+        properties[name] = _schema_of_item(item, place)
+        is_required = {"true": True, "false": False, "none": False}.get(str(item.get("required")).lower())
+        if is_required is None:
+            raise ValueError("%s.required must be true or false, got %s" % (place, _shown(item["required"])))
+        required += [name] if is_required else []
+    return {"type": "object", "properties": properties, "required": required}
+
+
+def _schema_of_item(item, place):
+    schema = item.get("schema") or {}
+    if not isinstance(schema, dict):
+        raise ValueError("%s.schema must be an object, got %s" % (place, _shown(schema)))
+    schema = {**schema, **{key: item[key] for key in item if key not in ("name", "required", "schema")}}
+    if schema.get("enum") in (None, "", []):
+        schema.pop("enum", None)
+    types = _types_of_item(schema.pop("type", None), place)
+    return {"type": types[0] if len(types) == 1 else types, **schema} if types else schema
+
+
+def _types_of_item(words, place):
+    """JSON Schema's words for a `type` of the list form; none where it says what JSON has no type for, as "file"."""
+    words = words if isinstance(words, list) else [words]
+    if not all(word is None or isinstance(word, str) for word in words):
+        raise ValueError("%s.type must be a string, got %s" % (place, _shown(words)))
+    types = [_LIST_TYPES.get(str(word).strip().lower()) for word in words]
+    types += ["number"] if "string" in types else []
+    return [] if None in types else list(dict.fromkeys(types))
+
+
+def _check_schema(place, schema, document, seen, waiting, above):
+    """Check a schema and those within it that see the same value; those that see parts of it are left in `waiting`.
+
+    seen: the ids of the schemas that are done.  above: the ids of those that this one is within.
+    """
+    if not _is_schema(schema):
+        raise ValueError("%s must be a JSON Schema, got %s" % (place, _shown(schema)))
+    if id(schema) in above:
+        raise ValueError("%s leads back to itself" % place)
+    if isinstance(schema, bool) or id(schema) in seen:
+        return
+    seen.add(id(schema))
+    above = (*above, id(schema))
+    for keyword, value in schema.items():
+        (test, expected), _, _ = _KEYWORDS.get(keyword, _UNKNOWN_KEYWORD)
+        if not test(value):
+            raise ValueError("%s must be %s, got %s" % (_place(place, keyword), expected, _shown(value)))
+    for keys, part in _parts(schema):
+        if keys[0] in ("allOf", "anyOf", "oneOf", "not", "if", "then", "else"):
+            _check_schema(_place(place, *keys), part, document, seen, waiting, above)
+        else:
+            waiting.append((_place(place, *keys), part))
+    if "$ref" in schema:
+        place = "%s.$ref (%s)" % (place, _shortened(schema["$ref"]))
+        _check_schema(place, _target(document, schema["$ref"], place), document, seen, waiting, above)
+
+
+def _parts(schema):
+    """The schemas in a schema, each with the keys that lead to it."""
+    for keyword, value in schema.items():
+        rule = _KEYWORDS.get(keyword, _UNKNOWN_KEYWORD)[0]
+        if rule in (_SCHEMA_LIST, _ITEMS) and isinstance(value, list):
+            yield from (((keyword, number), part) for number, part in enumerate(value))
+        elif rule in (_SCHEMA_MAP, _PATTERN_MAP):
+            yield from (((keyword, name), part) for name, part in value.items())
+        elif rule in (_SCHEMA, _ITEMS):
+            yield (keyword,), value
+
+
+def _target(document, reference, place="parameters"):
+    """What a $ref within the document points at.  Raises ValueError."""
+    from urllib.parse import unquote
+
+    target = document
+    start, *keys = unquote(reference).split("/")
+    try:
+        if start != "#":
+            raise KeyError(start)
+        for key in keys:
+            members = {str(number): item for number, item in enumerate(target)} if isinstance(target, list) else target
+            target = members[key.replace("~1", "/").replace("~0", "~")]
+    except (KeyError, TypeError):
+        raise ValueError("%s points at nothing in the parameters" % place) from None
+    return target
+
+
+def parse_arguments(params: object) -> tuple[str, dict]:
+    """A call's `params` as JSON text, and their value.
+
+    params: the JSON text of an object, or the object; '' and None are {}.  Models leave line ends and other control
+    characters in strings as they are; in the text returned they are escaped.  Raises ValueError.
+    """
+    text = params if isinstance(params, str) else "" if params is None else _json_text(params, "params")
+    text = text if text.strip() else "{}"
+    try:
+        return text, json_object(text, "params")[1]
+    except ValueError:
+        text = re.sub(r'"[^"\\]*(?:\\[^\x00-\x1f][^"\\]*)*"', _escaped_controls, text)
+        return text, json_object(text, "params")[1]
+
+
+def _escaped_controls(match):
+    return re.sub(r"[\x00-\x1f]", lambda control: "\\u%04x" % ord(control.group()), match.group())
+
+
+def check_arguments(arguments: dict, schema: dict) -> None:
+    """Check a call's arguments against what `arguments_schema` returned.
+
+    Raises ValueError for the first that does not fit, in the order of the schema: where it stands, what it must be and
+    what came, as `argument items[2].id must be a string, got a number (3)`.
+    """
+    try:
+        faults = _Checker(schema).faults(schema, arguments)
+        message = _message(faults)
+    except RecursionError:
+        raise ValueError("the arguments are nested too deeply") from None
+    if faults:
+        raise ValueError(message)
+
+
+def _message(faults):
+    sentences = {}  # those about the same value are one
+    for path, expected, came in faults:
+        sentences.setdefault((path, id(came)), (came, []))[1].append(expected)
+    return "; or ".join(_sentence(path, ", or ".join(all_), came) for (path, _), (came, all_) in sentences.items())
+
+
+def _sentence(path, expected, came):
+    if came is _UNKNOWN:
+        return "there is no argument `%s`%s" % (_place("", *path), expected)
+    subject = "argument " + _place("", *path) if path else "the arguments"
+    return "%s %s%s" % (subject, expected, "" if came is _NOTHING else ", got " + _shown(came))
+
+
+def _place(place, *keys):
+    """Where something stands, as `items[2].id`."""
+    for key in keys:
+        if isinstance(key, int):
+            place += "[%d]" % key
+        elif key and not place and key.isprintable():
+            place = _shortened(key)
+        else:
+            place += "." + _shortened(key) if re.match(r"[\w$-]+\Z", key) else "[%s]" % _shortened(dump_json(key))
+    return place
+
+
+def _shown(value):
+    """A value for a message: its type and the start of its JSON."""
+    return "null" if value is None else "%s (%s)" % (json_type(value), _shortened(dump_json(value)))
+
+
+def _shortened(text):
+    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
+
+
+class _Checker:
+    """Applies a schema, and what it refers to in its document, to the parts of one call's arguments."""
+
+    def __init__(self, document):
+        self._document = document
+        self._known = {}  # (id of a $ref's target, id of a value) -> faults; or references side by side double the work
+
+    def faults(self, schema, value):
+        """What keeps a value from fitting a schema."""
+        if isinstance(schema, bool):
+            return [] if schema else [((), "must not be given", value)]
+        if value is None and schema.get("nullable"):
+            return []
+        kind = json_type(value)
+        for keyword, argument in schema.items():
+            _, of_kind, check = _KEYWORDS.get(keyword, _UNKNOWN_KEYWORD)
+            faults = check(self, argument, value, schema) if of_kind in (kind, _EACH) else []
+            if faults:
+                return faults
+        return []
+
+    def first(self, parts):
+        """The faults of the first (key, schema, value) that has some, seen from what holds the key."""
+        for key, schema, value in parts:
+            faults = self.faults(schema, value)
+            if faults:
+                return [((key, *path), expected, came) for path, expected, came in faults]
+        return []
+
+    def referred(self, reference, value, _):
+        """The faults by the schema that a $ref points at."""
+        target = _target(self._document, reference)
+        key = (id(target), id(value))
+        if key not in self._known:
+            self._known[key] = self.faults(target, value)
+        return self._known[key]
+
+
+def _fault(expected, value):
+    return [((), expected, value)]
+
+
+def _check_type(_, types, value, __):
+    types = types if isinstance(types, list) else [types]
+    phrases = [_TYPES[name] for name in types]
+    fits = json_type(value) in phrases or ("integer" in types and _is_whole(value))
+    return [] if fits else _fault("must be " + " or ".join(phrases), value)
+
+
+def _check_enum(_, choices, value, __):
+    if _frozen(value) in map(_frozen, choices):
+        return []
+    expected = "must be one of " if len(choices) > 1 else "must be "
+    return _fault(expected + _shortened(", ".join(map(dump_json, choices))), value)
+
+
+def _frozen(value):
+    """Something hashable that is equal for what is equal as JSON: 1 is 1.0 and not true."""
+    if isinstance(value, list):
+        return (list, *map(_frozen, value))
+    if isinstance(value, dict):
+        return dict, frozenset((key, _frozen(part)) for key, part in value.items())
+    return (bool, value) if isinstance(value, bool) else value
+
+
+def _limit(expected, test, measure=None, other=None):
+    """The check of a limit.  other: the limit that is itself excluded where this one is true, as in draft 4."""
+
+    def check(_, limit, value, schema):
+        if isinstance(limit, bool):
+            limit = schema.get(other) if limit else None
+        fits = limit is None or test(measure(value) if measure else value, limit)
+        return [] if fits else _fault(expected % dump_json(limit), value)
+
+    return check
+
+
+def _is_multiple(value, divisor):
+    """By the decimals as they are written: 0.3 is a multiple of 0.1."""
+    from fractions import Fraction
+
+    if value in (float("inf"), float("-inf")):  # a number too large for a float
+        return False
+    return (Fraction(repr(value)) / Fraction(repr(divisor))).denominator == 1
+
+
+def _check_required(_, names, value, __):
+    return next(([((name,), "is missing", _NOTHING)] for name in names if name not in value), [])
+
+
+def _check_properties(checker, properties, value, _):
+    return checker.first((name, part, value[name]) for name, part in properties.items() if name in value)
+
+
+def _check_pattern_properties(checker, patterns, value, _):
+    return checker.first(
+        (name, part, value[name]) for pattern, part in patterns.items() for name in value if re.search(pattern, name)
+    )
+
+
+def _check_additional_properties(checker, part, value, schema):
+    known, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
+    others = [name for name in value if name not in known and not any(re.search(p, name) for p in patterns)]
+    if part is False and others:
+        return [((others[0],), did_you_mean(others[0], list(known)) if known else "", _UNKNOWN)]
+    return checker.first((name, part, value[name]) for name in others)
+
+
+def _check_names(checker, part, value, _):
+    found = ((name, checker.faults(part, name)) for name in value)
+    return next(([((name,), "has a name that " + f[1], f[2]) for f in faults] for name, faults in found if faults), [])
+
+
+def _check_items(checker, part, value, schema):
+    if isinstance(part, list):
+        parts = part + [schema.get("additionalItems", True)] * (len(value) - len(part))
+    else:
+        prefix = len(schema.get("prefixItems", ()))
+        parts = [True] * prefix + [part] * (len(value) - prefix)
+    return checker.first((number, *pair) for number, pair in enumerate(zip(parts, value)))
+
+
+def _check_prefix(checker, parts, value, _):
+    return checker.first((number, *pair) for number, pair in enumerate(zip(parts, value)))
+
+
+def _check_contains(checker, part, value, _):
+    has_one = any(not checker.faults(part, item) for item in value)
+    return [] if has_one else _fault("must have an item that fits " + _shortened(dump_json(part)), value)
+
+
+def _check_unique(_, is_unique, value, __):
+    numbers = {}
+    for number, item in enumerate(value if is_unique else ()):
+        first = numbers.setdefault(_frozen(item), number)
+        if first != number:
+            return _fault("must not have the same item twice, as at [%d] and [%d]" % (first, number), value)
+    return []
+
+
+def _check_all(checker, parts, value, _):
+    return next(filter(None, (checker.faults(part, value) for part in parts)), [])
+
+
+def _check_any(checker, parts, value, _):
+    found = []
+    for part in parts:
+        faults = checker.faults(part, value)
+        if not faults:
+            return []
+        found += faults
+    return _nearest(found)
+
+
+def _check_one(checker, parts, value, _):
+    results = [checker.faults(part, value) for part in parts]
+    if results.count([]) > 1:
+        return _fault("must fit one of %d schemas alone, not %d of them" % (len(parts), results.count([])), value)
+    return [] if [] in results else _nearest([fault for faults in results for fault in faults])
+
+
+def _nearest(faults):
+    """The faults of those alternatives that were meant, most likely: what is wrong deeper inside was right so far."""
+    deeper = [fault for fault in faults if fault[0]] or faults
+    return list({fault[:2]: fault for fault in deeper}.values())[:_MAX_FAULTS]
+
+
+def _check_not(checker, part, value, _):
+    return [] if checker.faults(part, value) else _fault("must not fit " + _shortened(dump_json(part)), value)
+
+
+def _check_if(checker, part, value, schema):
+    return checker.faults(schema.get("else" if checker.faults(part, value) else "then", True), value)
+
+
+def _is_schema(value):
+    return isinstance(value, (dict, bool))
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_whole(value):
+    return _is_number(value) and (isinstance(value, int) or value.is_integer())
+
+
+def _is_types(value):
+    names = value if isinstance(value, list) and value else [value]
+    return all(isinstance(name, str) and name in _TYPES for name in names)
+
+
+def _is_pattern(value):
+    try:
+        return isinstance(value, str) and bool(re.compile(value))
+    except (re.error, OverflowError, RecursionError):
+        return False
+
+
+# What the value of a keyword must be: a test, and how an error says it.
+_COUNT = (lambda value: _is_whole(value) and value >= 0, "a whole number from 0")
+_NUMBER = (_is_number, "a number")
+_LIMIT = (lambda value: _is_number(value) or isinstance(value, bool), "a number")
+_ABOVE_0 = (lambda value: _is_number(value) and 0 < value < float("inf"), "a number above 0")
+_FLAG = (lambda value: isinstance(value, bool), "true or false")
+_TEXT = (lambda value: isinstance(value, str), "a string")
+_TEXTS = (lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value), "an array of strings")
+_TYPE_NAMES = (_is_types, "one of %s, or an array of these" % ", ".join(_TYPES))
+_PATTERN = (_is_pattern, "a regular expression")
+_LIST = (lambda value: isinstance(value, list), "an array")
+_SCHEMA = (_is_schema, "a JSON Schema")
+_SCHEMA_LIST = (lambda value: isinstance(value, list) and value, "an array of JSON Schemas that is not empty")
+_ITEMS = (lambda value: isinstance(value, (dict, bool, list)), "a JSON Schema or an array of them")
+_SCHEMA_MAP = (lambda value: isinstance(value, dict), "an object of JSON Schemas")
+_PATTERN_MAP = (lambda v: isinstance(v, dict) and all(map(_is_pattern, v)), "an object with patterns as keys")
+_WHATEVER = (lambda _: True, "")
+
+# For each keyword: what its value must be, the kind of value that it says something about, and its check.
+_EACH, _NONE = "each", "none"
+_KEYWORDS = {
+    "type": (_TYPE_NAMES, _EACH, _check_type),
+    "enum": (_LIST, _EACH, _check_enum),
+    "const": (_WHATEVER, _EACH, lambda _, constant, value, __: _check_enum(None, [constant], value, None)),
+    "$ref": (_TEXT, _EACH, _Checker.referred),
+    "allOf": (_SCHEMA_LIST, _EACH, _check_all),
+    "anyOf": (_SCHEMA_LIST, _EACH, _check_any),
+    "oneOf": (_SCHEMA_LIST, _EACH, _check_one),
+    "not": (_SCHEMA, _EACH, _check_not),
+    "if": (_SCHEMA, _EACH, _check_if),
+    "then": (_SCHEMA, _NONE, None),
+    "else": (_SCHEMA, _NONE, None),
+    "$defs": (_SCHEMA_MAP, _NONE, None),
+    "definitions": (_SCHEMA_MAP, _NONE, None),
+    "nullable": (_FLAG, _NONE, None),
+    "required": (_TEXTS, "an object", _check_required),
+    "properties": (_SCHEMA_MAP, "an object", _check_properties),
+    "patternProperties": (_PATTERN_MAP, "an object", _check_pattern_properties),
+    "additionalProperties": (_SCHEMA, "an object", _check_additional_properties),
+    "propertyNames": (_SCHEMA, "an object", _check_names),
+    "minProperties": (_COUNT, "an object", _limit("must have %s or more members", ge, len)),
+    "maxProperties": (_COUNT, "an object", _limit("must have %s or fewer members", le, len)),
+    "prefixItems": (_SCHEMA_LIST, "an array", _check_prefix),
+    "items": (_ITEMS, "an array", _check_items),
+    "additionalItems": (_SCHEMA, _NONE, None),
+    "contains": (_SCHEMA, "an array", _check_contains),
+    "uniqueItems": (_FLAG, "an array", _check_unique),
+    "minItems": (_COUNT, "an array", _limit("must have %s or more items", ge, len)),
+    "maxItems": (_COUNT, "an array", _limit("must have %s or fewer items", le, len)),
+    "minLength": (_COUNT, "a string", _limit("must have %s or more characters", ge, len)),
+    "maxLength": (_COUNT, "a string", _limit("must have %s or fewer characters", le, len)),
+    "pattern": (_PATTERN, "a string", _limit("must match %s", lambda text, pattern: re.search(pattern, text))),
+    "minimum": (_NUMBER, "a number", _limit("must be at least %s", ge)),
+    "maximum": (_NUMBER, "a number", _limit("must be at most %s", le)),
+    "exclusiveMinimum": (_LIMIT, "a number", _limit("must be above %s", gt, None, "minimum")),
+    "exclusiveMaximum": (_LIMIT, "a number", _limit("must be below %s", lt, None, "maximum")),
+    "multipleOf": (_ABOVE_0, "a number", _limit("must be a multiple of %s", _is_multiple)),
+}
+_UNKNOWN_KEYWORD = (_WHATEVER, _NONE, None)
+
+
+def function_tool(function) -> tuple[str, str, dict]:
+    """A plain typed function as a tool: (name, description, parameters as a JSON Schema).
+
+    The parameters are those of the signature, their schemas come from the annotations, and what is not annotated, or
+    with something that JSON has no type for, is not checked.  An Enum's member is given as its value, a set or a tuple
+    as a list.  Description: the docstring's text before its sections; those of parameters may be in Google's, NumPy's
+    or reST's style.  Raises ValueError for a function that cannot be called with named arguments alone.
+    """
+    import inspect
+
+    name = getattr(function, "__name__", "")
+    if not callable(function) or not name.isidentifier():
+        raise ValueError("a tool must be a function with a name, got %r" % (function,))
+    description, described = _docstring_parts(inspect.getdoc(function) or "")
+    schema = {"type": "object", "properties": {}, "required": [], "additionalProperties": False}
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind == parameter.VAR_KEYWORD:
+            del schema["additionalProperties"]
+            continue
+        if parameter.kind == parameter.VAR_POSITIONAL:
+            raise ValueError("%s takes *%s, which has no names: make it one parameter, a list" % (name, parameter.name))
+        if parameter.kind == parameter.POSITIONAL_ONLY:
+            raise ValueError("%s takes %s by position only: remove the / behind it" % (name, parameter.name))
+        schema["properties"][parameter.name] = _parameter_schema(function, parameter, described.get(parameter.name))
+        if parameter.default is parameter.empty:
+            schema["required"].append(parameter.name)
+    return name, description, schema
+
+
+def _parameter_schema(function, parameter, description):
+    """A parameter's schema: of its annotation, with its description, and its default where JSON can hold that."""
+    schema = _type_schema(_resolved(function, parameter.annotation))
+    if parameter.default is None:  # `text: str = None` is how many write Optional
+        schema = _union([schema, {"type": "null"}])
+    if description:
+        schema["description"] = description
+    with contextlib.suppress(TypeError, ValueError, RecursionError):  # where there is none, there is no JSON either
+        schema["default"] = _plain(parameter.default)
+    return schema
+
+
+def _plain(value):
+    """A value as JSON holds it, an Enum's member by its value.  Raises TypeError, ValueError or RecursionError."""
+    from enum import Enum
+
+    return parse_json(_ENCODER.encode(value.value if isinstance(value, Enum) else value))
+
+
+def _resolved(function, annotation):
+    """An annotation with the names in it looked up; Any where that cannot be done."""
+    import inspect
+    import types
+    import typing
+
+    holder = types.SimpleNamespace(__annotations__={"hint": annotation})
+    try:
+        return typing.get_type_hints(holder, getattr(inspect.unwrap(function), "__globals__", {}))["hint"]
+    except Exception:  # whatever it is that evaluating it runs into
+        return typing.Any
+
+
+def _type_schema(hint):
+    """The schema of a type, {} for one that JSON does not have."""
+    import typing
+    from enum import Enum
+
+    origin, args = getattr(hint, "__origin__", None), getattr(hint, "__args__", None) or ()
+    if origin is typing.Union or type(hint).__name__ == "UnionType":
+        return _union([_type_schema(arg) for arg in args])
+    if origin is getattr(typing, "Literal", _NOTHING):
+        return _choice_schema(args)
+    if hasattr(hint, "__supertype__"):  # a NewType
+        return _type_schema(hint.__supertype__)
+    kind = origin or hint
+    if not isinstance(kind, type):
+        return {}
+    if issubclass(kind, Enum):
+        return _choice_schema(kind)
+    plain = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
+    name = next((plain[base] for base in plain if issubclass(kind, base)), None)
+    return {"type": name} if name else _container_schema(kind, args)
+
+
+def _choice_schema(values):
+    try:
+        choices = [_plain(value) for value in values]
+    except (TypeError, ValueError, RecursionError):
+        return {}
+    is_text = all(isinstance(choice, str) for choice in choices)
+    return {"type": "string", "enum": choices} if is_text else {"enum": choices}
+
+
+def _container_schema(kind, args):
+    from collections import abc
+
+    args = [arg for arg in args if arg != ()]  # which Tuple[()] has
+    parts = [_type_schema(arg) for arg in args if arg is not Ellipsis]
+    if issubclass(kind, abc.Mapping) or hasattr(kind, "__dataclass_fields__"):
+        return {"type": "object", **({"additionalProperties": parts[1]} if parts[1:] and parts[1] else {})}
+    is_array = kind.__module__ in ("builtins", "collections", "collections.abc") and issubclass(kind, abc.Iterable)
+    if not is_array or issubclass(kind, (bytes, bytearray)):
+        return {}
+    if issubclass(kind, tuple) and parts and args[-1] is not Ellipsis:
+        return {"type": "array", "prefixItems": parts, "minItems": len(parts), "maxItems": len(parts)}
+    return {"type": "array", **({"items": parts[0]} if parts and parts[0] else {})}
+
+
+def _union(schemas):
+    parts = [part for schema in schemas for part in schema.get("anyOf", [schema])]
+    if {} in parts:
+        return {}
+    if all(set(part) == {"type"} for part in parts):
+        types = [part["type"] if isinstance(part["type"], list) else [part["type"]] for part in parts]
+        types = list(dict.fromkeys(sum(types, [])))
+        return {"type": types if len(types) > 1 else types[0]}
+    parts = [part for number, part in enumerate(parts) if part not in parts[:number]]
+    return {"anyOf": parts} if len(parts) > 1 else parts[0]
+
+
+_DOC_HEADING = (
+    r"(?:((?:Other |Keyword )?(?:Args|Arguments|Parameters|Params))|Returns?|Yields?|Receives|Raises|Warns|Warnings?"
+    r"|Examples?|Notes?|See Also|References|Attributes|Todo)(:?)\s*\Z"
+)
+_DOC_FIELD = r"\s*:(?:param|parameter|arg|argument|key|keyword|type|returns?|rtype|raises?|yields?)\b[^:]*:"
+_DOC_ENTRIES = {  # the first line of what a section says of a parameter: its names, and what follows
+    "Google": r"\s*\*{0,2}(\w+)\s*(?:\(.*?\)\s*)?:(.*)",
+    "NumPy": r"\s*(\*{0,2}\w+(?:,\s*\*{0,2}\w+)*)\s*(?::.*)?()\Z",
+    "reST": r"\s*:(?:param|parameter|arg|argument|key|keyword)\s(?:[^:]*\s)?\*{0,2}(\w+)\s*:(.*)",
+}
+
+
+def _docstring_parts(text):
+    """What a docstring says: the text before its sections, and {parameter: its description}."""
+    sections = [("", [])]  # style, lines
+    lines = text.split("\n")
+    for line, following in zip(lines, [*lines[1:], ""]):
+        heading, is_underlined = re.match(_DOC_HEADING, line), following.startswith("---")
+        if heading and (is_underlined or heading.group(2)):
+            sections.append((heading.group(1) and ("NumPy" if is_underlined else "Google"), []))
+        else:
+            sections += [("reST", [])] if re.match(_DOC_FIELD, line) else []
+            sections[-1][1].append(line)
+    described = {}
+    for style, lines in sections:
+        for names, words in _entries(lines, _DOC_ENTRIES[style]) if style else ():
+            described.update(dict.fromkeys(names, " ".join(words).strip()))
+    return "\n".join(sections[0][1]).strip(), described
+
+
+def _entries(lines, pattern):
+    """The (names, words) of a section's entries, which go on in lines that are further in than the first one."""
+    entries, first_depth = [], None
+    for line in filter(str.strip, lines):
+        depth = len(line) - len(line.lstrip())
+        first_depth = depth if first_depth is None else first_depth
+        match = re.match(pattern, line) if depth <= first_depth else None
+        if match:
+            entries.append((re.findall(r"\w+", match.group(1)), match.group(2).split()))
+        elif depth <= first_depth:
+            entries.append(((), []))
+        else:
+            entries[-1][1].extend(line.split())
+    return entries
+
+
+# ======================================================================================================================
 # Settings: one dataclass says what can be set; flags, environment, config file, help and README follow its fields.
 # ======================================================================================================================
 
@@ -1170,13 +1844,15 @@ def as_text(value: object) -> str:
     return value
 
 
-def _as_api_key(value):
+def as_api_key(value: object) -> str:
+    """A setting that is a key, as it can be sent in a header."""
     if not isinstance(value, str) or not re.match(r"[\x21-\x7e]+\Z", value):
         raise ValueError("must be printable ASCII without spaces")
     return value
 
 
-def _as_port(value):
+def as_port(value: object) -> int:
+    """A setting that is a port."""
     if isinstance(value, bool) or not re.match(r"[0-9]{1,5}\Z", str(value)) or int(value) > 65535:
         raise ValueError("must be a whole number from 0 to 65535 (0: any free port)")
     return int(value)
@@ -1193,7 +1869,8 @@ def as_seconds(value: object) -> float:
     return seconds
 
 
-def _as_wait(value):
+def as_wait(value: object) -> float:
+    """A setting that is a number of seconds, or none for no limit: inf."""
     return float("inf") if str(value).lower() in ("none", "unlimited") else as_seconds(value)
 
 
@@ -1205,13 +1882,15 @@ def as_flag(value: object) -> bool:
     return words[str(value).lower()]
 
 
-def _as_bytes(value):
+def as_bytes(value: object) -> int:
+    """A setting that is a number of bytes."""
     if isinstance(value, bool) or not re.match(r"[0-9]{1,15}\Z", str(value)) or int(value) < 1:
         raise ValueError("must be a whole number of bytes above 0")
     return int(value)
 
 
-def _as_count(value):
+def as_count(value: object) -> int:
+    """A setting that is a whole number above 0."""
     if isinstance(value, bool) or not re.match(r"[0-9]{1,6}\Z", str(value)) or int(value) < 1:
         raise ValueError("must be a whole number above 0")
     return int(value)
@@ -1222,7 +1901,7 @@ def one_of(*words: str):
 
     def parse(value):
         if value not in words:
-            raise ValueError("must be %s" % " or ".join(words))
+            raise ValueError("must be %s" % " or ".join(filter(None, (", ".join(words[:-1]), words[-1]))))
         return value
 
     return parse
@@ -1231,7 +1910,8 @@ def one_of(*words: str):
 _BASE_URL = re.compile(r"https?://(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?(?:/[!$&-;=@-Z_a-z~%]*)?\Z")
 
 
-def _as_url(value):
+def as_url(value: object) -> str:
+    """A setting that is a base URL, without its last slash.  Raises UsageError for one with a key in it."""
     if "@" in str(value).partition("://")[2].partition("/")[0]:
         raise UsageError("a base URL must not hold a key: give it in ROCK_MODEL_SERVICE_UPSTREAM_API_KEY")
     match = _BASE_URL.match(str(value))
@@ -1240,13 +1920,29 @@ def _as_url(value):
     return str(value).rstrip("/")
 
 
-def _as_overrides(value):
+def as_object(value: object) -> dict:
+    """A setting that is a JSON object, or the text of one."""
     if isinstance(value, str):
         try:
             value = parse_json(value)
         except ValueError:
             value = None
-    if not isinstance(value, dict) or not all(isinstance(name, str) and name != "stream" for name in value):
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise ValueError("must be a JSON object")
+    return value
+
+
+def _as_environ(value):
+    texts = value.items() if isinstance(value, dict) else ((None, None),)
+    if not all(isinstance(text, str) and "\0" not in text and re.match(r"\w+\Z", str(name)) for name, text in texts):
+        raise ValueError("must be a mapping of names to texts")
+    return value
+
+
+def _as_overrides(value):
+    with contextlib.suppress(ValueError):
+        value = as_object(value)
+    if not isinstance(value, dict) or "stream" in value:
         raise ValueError('must be a JSON object of request fields other than stream, as {"logprobs": true}')
     return value
 
@@ -1254,7 +1950,7 @@ def _as_overrides(value):
 def _as_rules(value):
     if not isinstance(value, dict):
         raise ValueError("must be a mapping of model names to base URLs")
-    return {str(model): _as_url(url) for model, url in value.items()}
+    return {str(model): as_url(url) for model, url in value.items()}
 
 
 def _as_status_codes(value):
@@ -1266,9 +1962,14 @@ def _as_status_codes(value):
     return tuple(int(code) for code in codes)
 
 
-def _setting(default, parse, help, env=None, flag=None, secret=False, for_proxy=False):
-    help = "proxy: " + help if for_proxy else help
-    meta = {"parse": parse, "help": help, "env": env, "flag": flag, "secret": secret, "for_proxy": for_proxy}
+def setting(default, parse, help, env=None, flag=None, secret=False, only=None) -> object:
+    """A field of a settings dataclass.
+
+    parse: makes a value of what was given, or raises ValueError.  env, flag: where else than in the config file it can
+    be given.  secret: its value is shown nowhere; with a flag it needs an env.  only: the one type that it is for.
+    """
+    help = "%s: %s" % (only, help) if only else help
+    meta = {"parse": parse, "help": help, "env": env, "flag": flag, "secret": secret, "only": only}
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=meta)
     return field(default=default, metadata=meta)
@@ -1278,96 +1979,114 @@ def _setting(default, parse, help, env=None, flag=None, secret=False, for_proxy=
 class ServiceSettings:
     """What `start` can be told.  Precedence: command line, environment, config file, default."""
 
-    type: str = _setting(
-        "local", one_of("local", "proxy"), "who answers: local (a trainer) or proxy (a model's server)", flag="--type"
+    type: str = setting(
+        "local",
+        one_of("local", "proxy", "tool-node"),
+        "who answers: local (a trainer), proxy (a model's server), or tool-node (a tool)",
+        flag="--type",
     )
-    host: str = _setting("0.0.0.0", as_text, "address to listen on", "SERVICE_HOST", "--host")
-    port: int = _setting(8080, _as_port, "port to listen on, 0 for any free one", "SERVICE_PORT", "--port")
-    api_key: str | None = _setting(
-        None, _as_api_key, "bearer token that clients must send", "ROCK_MODEL_SERVICE_API_KEY", "--api-key", secret=True
+    host: str = setting("0.0.0.0", as_text, "address to listen on", "SERVICE_HOST", "--host")
+    port: int = setting(8080, as_port, "port to listen on, 0 for any free one", "SERVICE_PORT", "--port")
+    api_key: str | None = setting(
+        None, as_api_key, "bearer token that clients must send", "ROCK_MODEL_SERVICE_API_KEY", "--api-key", secret=True
     )
-    request_timeout: float | None = _setting(
+    request_timeout: float | None = setting(
         None,
-        _as_wait,
+        as_wait,
         "seconds that a call waits for its answer, and a proxy at each silence of the upstream; "
-        "default: local none (no limit), proxy 120",
+        "default: local none (no limit), proxy 120, tool-node 60",
         "REQUEST_TIMEOUT",
         "--request-timeout",
     )
     # Load balancers cut a connection after 60 s of silence.
-    heartbeat_seconds: float = _setting(
+    heartbeat_seconds: float = setting(
         30.0,
         as_seconds,
         "seconds of silence after which a waiting client gets a sign of life; proxy: how long an answer is held",
         "HEARTBEAT_SECONDS",
     )
-    polling_interval_seconds: float = _setting(
+    polling_interval_seconds: float = setting(
         0.1, as_seconds, "longest time that a finished answer may lie unseen", "POLLING_INTERVAL_SECONDS"
     )
-    max_body_bytes: int = _setting(MAX_BODY_BYTES, _as_bytes, "largest request body", "MAX_BODY_BYTES")
-    log_file: str | None = _setting(None, as_text, "marker log; default: LLMService.log in the data dir", "LOG_FILE")
-    recording_file: str | None = _setting(
+    max_body_bytes: int = setting(MAX_BODY_BYTES, as_bytes, "largest request body", "MAX_BODY_BYTES")
+    log_file: str | None = setting(None, as_text, "marker log; default: LLMService.log in the data dir", "LOG_FILE")
+    recording_file: str | None = setting(
         None, as_text, "trajectory; default: LLMTraj.jsonl in the data dir", flag="--recording-file"
     )
-    traj_append_mode: bool = _setting(
+    traj_append_mode: bool = setting(
         False, as_flag, "go on with an earlier trajectory", "ROCK_MODEL_SERVICE_TRAJ_APPEND_MODE"
     )
-    logging_path: str | None = _setting(
+    logging_path: str | None = setting(
         None, as_text, "directory of the service's own log; default: the data dir", "ROCK_LOGGING_PATH"
     )
-    logging_file_name: str = _setting(
+    logging_file_name: str = setting(
         "model_service.log", as_text, "name of the service's own log", "ROCK_LOGGING_FILE_NAME"
     )
-    proxy_base_url: str | None = _setting(
-        None, _as_url, "where every call goes", flag="--proxy-base-url", for_proxy=True
-    )
-    proxy_rules: dict = _setting(
+    proxy_base_url: str | None = setting(None, as_url, "where every call goes", flag="--proxy-base-url", only="proxy")
+    proxy_rules: dict = setting(
         {"gpt-3.5-turbo": "https://api.openai.com/v1", "default": "https://api-inference.modelscope.cn/v1"},
         _as_rules,
         "where the calls of each model go, and of all others (`default`)",
-        for_proxy=True,
+        only="proxy",
     )
-    upstream_api_key: str | None = _setting(
+    upstream_api_key: str | None = setting(
         None,
-        _as_api_key,
+        as_api_key,
         "key sent upstream in place of the agent's",
         "ROCK_MODEL_SERVICE_UPSTREAM_API_KEY",
         secret=True,
-        for_proxy=True,
+        only="proxy",
     )
-    request_overrides: dict = _setting(
+    request_overrides: dict = setting(
         {},
         _as_overrides,
         "fields set in every request, as a JSON object",
         flag="--request-overrides",
-        for_proxy=True,
+        only="proxy",
     )
-    retryable_status_codes: tuple = _setting(
+    retryable_status_codes: tuple = setting(
         (429, 500),
         _as_status_codes,
         "answers worth another attempt",
         flag="--retryable-status-codes",
-        for_proxy=True,
+        only="proxy",
     )
-    max_attempts: int = _setting(
-        6, _as_count, "attempts that a call has, the first included", flag="--max-attempts", for_proxy=True
+    max_attempts: int = setting(
+        6, as_count, "attempts that a call has, the first included", flag="--max-attempts", only="proxy"
     )
-    retry_delay_seconds: float = _setting(
+    retry_delay_seconds: float = setting(
         2.0,
         as_seconds,
         "seconds before the second attempt; doubled each time",
         flag="--retry-delay-seconds",
-        for_proxy=True,
+        only="proxy",
     )
-    replay_file: str | None = _setting(
-        None, as_text, "answer from this trajectory, without an upstream", flag="--replay-file", for_proxy=True
+    replay_file: str | None = setting(
+        None, as_text, "answer from this trajectory, without an upstream", flag="--replay-file", only="proxy"
     )
-    replay_match: str = _setting(
+    replay_match: str = setting(
         "order",
         one_of("order", "request"),
         "replay in order, or by request",
         flag="--replay-match",
-        for_proxy=True,
+        only="proxy",
+    )
+    tool: str | None = setting(None, as_text, "name of the tool", flag="--tool", only="tool-node")
+    tool_file: str | None = setting(
+        None, as_text, "Python file that has the tool; default: a built-in one", flag="--tool-file", only="tool-node"
+    )
+    tool_cfg: dict = setting(
+        {},
+        as_object,
+        "what the tool is made with, as a JSON object",
+        "ROCK_TOOL_CFG",
+        "--tool-cfg",
+        secret=True,
+        only="tool-node",
+    )
+    tool_env: dict = setting({}, _as_environ, "environment variables of the tool", secret=True, only="tool-node")
+    tool_workers: int = setting(
+        4, as_count, "calls that run at once, each in a process of its own", flag="--tool-workers", only="tool-node"
     )
 
     @property
@@ -1375,12 +2094,14 @@ class ServiceSettings:
         """request_timeout, or what it is by default; in seconds, inf for no limit."""
         if self.request_timeout is not None:
             return self.request_timeout
-        return PROXY_TIMEOUT_SECONDS if self.type == "proxy" else float("inf")
+        return {"proxy": PROXY_TIMEOUT_SECONDS, "tool-node": TOOL_CALL_SECONDS}.get(self.type, float("inf"))
 
     def to_resume(self) -> dict:
         """The settings that `start --resume` goes on with, unless they are given anew; no keys."""
-        of_proxy = [spec.name for spec in fields(self) if spec.metadata["for_proxy"] and not spec.metadata["secret"]]
-        names = ["recording_file", "replay_file"] + (of_proxy if self.type == "proxy" else [])
+        names = ["recording_file", "replay_file"]
+        for spec in fields(self):
+            if spec.metadata["only"] == self.type and not spec.metadata["secret"]:
+                names.append(spec.name)
         kept = {name: getattr(self, name) for name in names}
         for name in ("recording_file", "replay_file"):  # --resume may be typed in another directory
             kept[name] = kept[name] and os.path.abspath(kept[name])
@@ -1392,13 +2113,13 @@ class ServiceSettings:
             raise UsageError("recording_file and replay_file exclude each other: a replay is not recorded")
         if given.get("replay_match") is not None and not self.replay_file:
             raise UsageError("--replay-match needs a --replay-file")
-        if self.type == "proxy":
-            return
-        if self.replay_file:
+        if self.replay_file and self.type != "proxy":
             raise UsageError("replay_file is for --type proxy")
+        if self.type == "tool-node" and not self.tool:
+            raise UsageError("--type tool-node needs a --tool")
         for spec in fields(self):
-            if spec.metadata["for_proxy"] and given.get(spec.name) is not None:
-                raise UsageError("%s is for --type proxy" % spec.metadata["flag"])
+            if spec.metadata["only"] not in (None, self.type) and given.get(spec.name) is not None:
+                raise UsageError("%s is for --type %s" % (spec.metadata["flag"], spec.metadata["only"]))
 
 
 def resolve_settings(cls: type, flags: dict, environ: dict, config_file: str | None, earlier=()) -> object:
@@ -1457,14 +2178,6 @@ def _unique_keys(pairs):
     if len(mapping) < len(pairs):
         raise ValueError("a key stands in its object a second time")
     return mapping
-
-
-def did_you_mean(word: str, known: list) -> str:
-    """A hint at the nearest of `known`, or what there is."""
-    from difflib import get_close_matches
-
-    near = get_close_matches(word, known, 1)
-    return "; did you mean %r?" % near[0] if near else "; known are %s" % ", ".join(known)
 
 
 def resolve_data_dir(flag: str | None, environ: dict) -> str:
@@ -2314,7 +3027,8 @@ def recorded_turns(path: str) -> dict:
 
 
 # ======================================================================================================================
-# Processes: is this process alive and still the same; is the service running, and whose state is this.
+# Processes: is this process alive and still the same; is the service running, and whose state is this; how a process
+# of our own is begun.
 # ======================================================================================================================
 
 
@@ -2362,11 +3076,15 @@ class ServiceState:
     A lock file is held as long as the service lives, so that a killed one frees it and no process number is trusted;
     a state file beside it says the rest: pid, identity, host, port, has_api_key, log_file, watched (pid: identity).
     What a stopped one leaves has no pid.  What a killed one leaves has, and is how one knows.
+
+    name: of the two files.  title: what messages call the service.
     """
 
-    def __init__(self, data_dir: str):
-        self._lock_path = os.path.join(data_dir, LOCK_FILE_NAME)
-        self._state_path = os.path.join(data_dir, STATE_FILE_NAME)
+    def __init__(self, data_dir: str, name: str = STATE_NAME, title: str = "model service"):
+        self.data_dir = data_dir
+        self.title = title
+        self._lock_path = os.path.join(data_dir, name + ".lock")
+        self._state_path = os.path.join(data_dir, name + ".json")
         self._descriptor = None
 
     def acquire(self) -> None:
@@ -2441,8 +3159,8 @@ class ServiceState:
         """Why a second one cannot start."""
         state = self.read()
         where = "%s:%s" % (state.get("host", "?"), state.get("port", "?"))
-        message = "a model service already runs (pid %s, %s); stop it first, or give another --data-dir"
-        return message % (state.get("pid", "?"), where)
+        message = "a %s already runs (pid %s, %s); stop it first, or give another --data-dir"
+        return message % (self.title, state.get("pid", "?"), where)
 
     def verified_pid(self, seconds: float) -> int | None:
         """The running service's process number, None where it is not the process that wrote the state.
@@ -2458,6 +3176,31 @@ class ServiceState:
             if time.monotonic() > deadline:
                 return None
             time.sleep(0.005)
+
+
+# The service is handed the bytecode of this file on its standard input.  Compiling it there would take as long as all
+# else that it does to start, and leave it with 10 MB that it never needs again.
+# It must not import from the working directory, which is the agent's.
+RUN_BYTECODE = """import marshal, sys
+sys.path[:] = filter(None, sys.path)
+__file__ = sys.argv.pop(1)
+__bytecode__ = sys.stdin.buffer.read(int(sys.stdin.buffer.readline()))
+exec(marshal.loads(__bytecode__))"""
+
+
+def interpreter() -> list:
+    """The command of this interpreter, isolated as it was started itself."""
+    return [sys.executable, *["-I"] * sys.flags.isolated, *["-S"] * sys.flags.no_site]
+
+
+def own_bytecode() -> bytes:
+    """This file's bytecode, with its length on a line before it: what RUN_BYTECODE reads."""
+    code = globals().get("__bytecode__")
+    if code is None:
+        import marshal
+
+        code = marshal.dumps(__loader__.get_code(__loader__.name))  # run by -m, it is not called what we are
+    return b"%d\n%s" % (len(code), code)
 
 
 # ======================================================================================================================
@@ -2547,13 +3290,16 @@ class Request:
 class Route:
     """A method and path, and who answers.
 
-    method: "*" for any other.  path may end in "/{name}".  is_open: answered without the API key.
+    method: "*" for any other.  path may end in "/{name}".  is_open: answered without the API key.  is_body_optional: a
+    POST without a length counts as one without a body, and is not refused.  is_quiet: no log line for what succeeds.
     """
 
     method: str
     path: str
     handler: object
     is_open: bool = False
+    is_body_optional: bool = False
+    is_quiet: bool = False
 
 
 class Router:
@@ -2857,15 +3603,15 @@ class Exchange:
             self._service.set_idle(self._connection.sock, False)
             return self._dispatch()
         except ApiError as error:
-            return error_reply(error)
+            return self._service.error_reply(error)
         except StorageError as error:
             self._service.logger.error("%s met: %s", self._name(), error)
-            return error_reply(storage_failure())
+            return self._service.error_reply(storage_failure())
         except ClientGone:
             raise
         except Exception:
             self._service.logger.exception("a bug met %s", self._name())
-            return error_reply(ApiError(500, "internal error; the service's own log has the details"))
+            return self._service.error_reply(ApiError(500, "internal error; the service's own log has the details"))
 
     def _dispatch(self):
         head, service = self._head, self._service
@@ -2873,7 +3619,7 @@ class Exchange:
         self._route, name = service.router.find(head.method, head.path)
         if not self._route.is_open:
             service.authorise(head)
-        needs_body = self._route.method in ("POST", "PUT", "PATCH")
+        needs_body = self._route.method in ("POST", "PUT", "PATCH") and not self._route.is_body_optional
         if needs_body and head.content_length is None and not head.is_chunked:
             raise ApiError(411, "a %s needs a Content-Length, or a chunked body" % head.method)
         body = self._connection.read_body(head)
@@ -2956,6 +3702,8 @@ class Exchange:
         method = self._head.method if self._head and self._head.method in KNOWN_METHODS else "other"
         route = self._route.path if self._route else "none"
         self._service.metrics.count(method, route, status, seconds)
+        if self._route and self._route.is_quiet and status < 400:
+            return
         line = "%s %s %d %.1fms %dB %s"
         self._service.logger.info(line, self._client, self._name(), status, seconds * 1000, size, note)
 
@@ -2967,20 +3715,57 @@ def _http_date(now):
     return formatdate(now, usegmt=True)
 
 
+def bearer_check(api_key: str | None):
+    """What raises ApiError 401 for a request's head without that bearer token; None asks for none."""
+
+    def authorise(head):
+        scheme, _, token = (head.header("authorization") or "").partition(" ")
+        if api_key is not None and not (scheme.lower() == "bearer" and is_same_key(token.strip(" \t"), api_key)):
+            raise unauthorised()
+
+    return authorise
+
+
+def is_same_key(given: str, key: str) -> bool:
+    """Whether what came in a header is the key, in a time that does not tell how much of it is."""
+    from hmac import compare_digest
+
+    return compare_digest(given.encode("latin-1"), key.encode("utf-8"))
+
+
+def unauthorised() -> ApiError:
+    """What is answered to a client without the right key."""
+    message = "this service asks for its API key: send 'Authorization: Bearer KEY'"
+    return ApiError(401, message, code="invalid_api_key", headers=[("WWW-Authenticate", "Bearer")])
+
+
 class HTTPService:
     """A listening server with its routes.
 
     host, port: where to listen; port 0 takes a free one (see `port`).  routes: a list of Route; `/`, `/health` and
     `/metrics` are added.  logger: as from `logging`.  kind: what `/` calls the service.  gauges: () -> numbers by name
-    for `/metrics`.  api_key: the bearer token to ask for, or None.  Raises RockError where it cannot listen.
+    for `/metrics`.  authorise: given the head of each request to a route that is not open, raises ApiError for one that
+    must not be answered.  error_reply: the Reply to an ApiError.  Raises RockError where it cannot listen.
     """
 
-    def __init__(self, host, port, routes, logger, kind, gauges=dict, api_key=None, max_body_bytes=MAX_BODY_BYTES):
+    def __init__(
+        self,
+        host,
+        port,
+        routes,
+        logger,
+        kind,
+        gauges=dict,
+        authorise=lambda head: None,
+        max_body_bytes=MAX_BODY_BYTES,
+        error_reply=error_reply,
+    ):
         self.router = Router(routes + self._common_routes(kind, gauges))
         self.metrics = Metrics()
         self.logger = logger
         self.stopping = threading.Event()
-        self._api_key = api_key
+        self.authorise = authorise
+        self.error_reply = error_reply
         self._max_body_bytes = max_body_bytes
         self._connections = {}  # socket -> whether it is between two requests
         self._changed = threading.Condition()
@@ -3034,18 +3819,6 @@ class HTTPService:
     def _wait_until_closed(self, seconds):
         with self._changed:
             return self._changed.wait_for(lambda: not self._connections, seconds)
-
-    def authorise(self, head: RequestHead) -> None:
-        """Check the bearer token, where one is set.  Raises ApiError 401."""
-        if self._api_key is None:
-            return
-        from hmac import compare_digest
-
-        scheme, _, token = (head.header("authorization") or "").partition(" ")
-        is_right = compare_digest(token.strip(" \t").encode("latin-1"), self._api_key.encode("utf-8"))
-        if scheme.lower() != "bearer" or not is_right:
-            message = "this service asks for its API key: send 'Authorization: Bearer KEY'"
-            raise ApiError(401, message, code="invalid_api_key", headers=[("WWW-Authenticate", "Bearer")])
 
     def opened(self, sock: object) -> None:
         """Called by the listener for each connection, before its thread starts."""
@@ -5264,48 +6037,1090 @@ def proxy_service(settings, paths: DataPaths, log: MarkerLog, logger, *_) -> Pro
 
 
 # ======================================================================================================================
-# Servers: a service of either type with all around it, started and stopped in the right order.
+# Tools: what a tool node runs. Classes of modelscope-agent's shape and plain functions, from a file or built in.
 # ======================================================================================================================
 
-_SERVICES = {"local": local_service, "proxy": proxy_service}
+
+class ToolLoop:
+    """The event loop of an asynchronous tool: one for all its calls, since what it keeps may belong to it."""
+
+    def __init__(self):
+        self._loop = None
+
+    def result(self, awaitable: object) -> object:
+        """What comes of it.  Raises whatever it raises."""
+
+        async def settle():
+            return await awaitable
+
+        if self._loop is None or self._loop.is_closed():
+            self._loop = self._begin()
+        return self._loop.run_until_complete(settle())
+
+    def _begin(self):
+        """The loop that the tool met when it was made, where there is one: before Python 3.10, locks are tied to it."""
+        import asyncio
+        import warnings
+
+        with warnings.catch_warnings(), contextlib.suppress(RuntimeError):
+            warnings.simplefilter("ignore", DeprecationWarning)  # where there is none yet
+            loop = asyncio.get_event_loop()
+            if not loop.is_closed() and not loop.is_running():
+                return loop
+        loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(loop)
+        return loop
 
 
-class ModelServer:
-    """A service with its HTTP server, its files and its watch over agents.
+@dataclass(frozen=True)
+class Tool:
+    """A tool that can be called.
 
-    service: has `session` (see AgentWatch), `about` (what is said of it at its start), `routes()`, `gauges()`, and
-    `start()` before the first call, `stop()` to end what waits, `close()` after the last.
-
-    It listens at once and answers from `start` on.  is_resumed: go on with the files of the earlier session, which are
-    set aside otherwise.  earlier: the state that its service left (see ServiceState).  on_watch: told what is watched.
-    Raises RockError where it cannot listen, StorageError where a file cannot be used, UsageError for a bad recording.
+    parameters: as the tool states them, a list of modelscope-agent's kind or a JSON Schema.  schema: what they mean.
+    function: (params as JSON text, params as an object, kwargs) -> a value, or something to be awaited, in `loop`.
     """
 
-    def __init__(
-        self, settings, paths: DataPaths, logger, is_resumed=False, earlier=None, on_watch=lambda watched: None
-    ):
-        log, earlier = MarkerLog(paths.log_file), earlier or {}
-        self.service = _SERVICES[settings.type](settings, paths, log, logger, is_resumed, earlier)
-        self.session = self.service.session
-        self._watch = AgentWatch(self.session, logger, on_watch)
-        routes, gauges = self.service.routes() + [self._watch.route()], self.service.gauges
-        host, port, key, limit = settings.host, settings.port, settings.api_key, settings.max_body_bytes
+    name: str
+    description: str
+    parameters: object
+    schema: dict
+    function: object
+    loop: ToolLoop
+
+    def info(self) -> dict:
+        """What /tool_info says of it."""
+        return {"name": self.name, "description": self.description, "parameters": self.parameters}
+
+    def check(self, params: object) -> tuple[str, dict]:
+        """The params of a call, as JSON text and as an object.  Raises ValueError that names the wrong argument."""
+        text, arguments = parse_arguments(params)
+        check_arguments(arguments, self.schema)
+        return text, arguments
+
+    def run(self, text: str, arguments: dict, kwargs: dict) -> object:
+        """What the tool answers to checked params.  Raises whatever it raises."""
+        import inspect
+
+        value = self.function(text, arguments, kwargs)
+        return self.loop.result(value) if inspect.isawaitable(value) else value
+
+
+def load_tool(name: str, path: str | None, cfg: dict) -> Tool:
+    """A built-in tool, or that of a Python file.  Raises UsageError that says what is wrong with it.
+
+    A file's tool is, in this order: what it registers under the name as modelscope-agent's tools do, the class whose
+    attribute `name` or whose own name that is, the function of that name.  cfg: what a class is made with.
+    """
+    try:
+        found = _built_in(name) if path is None else _tool_in_file(path, name)
+        return _tool_of(found, name, cfg)
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError("the tool %s: %s" % (name, _said_by(error))) from None
+    except (Exception, SystemExit) as error:
+        raise UsageError("the tool %s cannot be made: %s" % (name, raised(error))) from error
+
+
+def _built_in(name):
+    if name not in BUILT_IN_TOOLS:
+        hint = did_you_mean(name, list(BUILT_IN_TOOLS))
+        raise UsageError("there is no built-in tool %r%s; give --tool-file for one of your own" % (name, hint))
+    return BUILT_IN_TOOLS[name]
+
+
+def _tool_in_file(path, name):
+    _stand_in_for_modelscope()
+    earlier = _registered()
+    module = _load_module(path)
+    registered = _registered()
+    registered = {key: registered[key] for key in registered if registered[key] is not earlier.get(key)}
+    found = registered.get(name)
+    if found is None:
+        found = _find_tool(module, name)
+    if found is None:
+        raise UsageError("%s has no tool %r%s" % (path, name, did_you_mean(name, _tool_names(module, registered))))
+    return found
+
+
+def _load_module(path):
+    """The module of a tool's file.  Its directory is searched last, or a tool called `json` would hide Python's own."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    path = os.path.abspath(path)
+    if not os.path.isfile(path):
+        raise UsageError("there is no tool file %s" % path)
+    spec = spec_from_file_location("rock_tool", path)
+    if spec is None:
+        raise UsageError("the tool file %s must end in .py" % path)
+    sys.path.append(os.path.dirname(path))
+    module = sys.modules["rock_tool"] = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise UsageError("the tool file %s cannot be loaded: %s" % (path, raised(error))) from error
+    return module
+
+
+def _own(module):
+    """What a tool's file itself defines, by name."""
+    return {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == "rock_tool"}
+
+
+def _find_tool(module, name):
+    own = _own(module)
+    classes = [value for value in own.values() if isinstance(value, type)]
+    named = [value for value in classes if getattr(value, "name", None) == name]
+    found = named[0] if named else own.get(name)
+    return found if callable(found) else None
+
+
+def _tool_names(module, registered):
+    own = _own(module)
+    names = [_name_of(value, name) for name, value in own.items() if callable(value)]
+    return [name for name in [*registered, *names] if not name.startswith("_")] or ["none"]
+
+
+def _name_of(found, default):
+    """The name that a tool gives itself, or else the default."""
+    name = getattr(found, "name", None)
+    return name if isinstance(name, str) and name else default
+
+
+def _tool_of(found, name, cfg):
+    """A Tool from a class or a function.  Raises UsageError, ValueError, and whatever the tool raises."""
+    if not isinstance(found, type):
+        return _tool_of_function(found)
+    instance = _instance_of(found, cfg)
+    description, call = getattr(instance, "description", ""), getattr(instance, "call", None)
+    parameters = getattr(instance, "parameters", [])
+    if not isinstance(description, str) or not callable(call):
+        raise UsageError("the tool %s needs a description, which is a text, and a method call" % name)
+    try:
+        schema = arguments_schema(parameters)
+    except ValueError as error:
+        raise UsageError("the tool %s has bad parameters: %s" % (name, error)) from None
+    taken = _kwargs_taken(call)
+    return Tool(
+        _name_of(instance, name), description, parameters, schema, lambda t, _, kw: call(t, **taken(kw)), ToolLoop()
+    )
+
+
+def _kwargs_taken(call):
+    """What picks those of a call's kwargs that a tool's method takes: all, where it has a **."""
+    import inspect
+
+    try:
+        specs = list(inspect.signature(call).parameters.values())
+    except (TypeError, ValueError):
+        return dict
+    if any(spec.kind is spec.VAR_KEYWORD for spec in specs):
+        return dict
+    names = {spec.name for spec in specs[1:]}
+    return lambda kwargs: {name: kwargs[name] for name in kwargs if name in names}
+
+
+def _instance_of(found, cfg):
+    import inspect
+
+    if any(base.__name__ == "BaseTool" for base in found.__mro__):  # which looks up its own part by its name
+        name = _name_of(found, "")
+        cfg = cfg if isinstance(cfg.get(name), dict) else {**cfg, name: cfg}
+    try:
+        takes_cfg = bool(inspect.signature(found).parameters)
+    except ValueError:
+        takes_cfg = True
+    return found(cfg) if takes_cfg else found()
+
+
+def _tool_of_function(function):
+    import inspect
+
+    name, description, parameters = function_tool(function)
+    takes_more = any(spec.kind is spec.VAR_KEYWORD for spec in inspect.signature(function).parameters.values())
+
+    def call(_, arguments, kwargs):
+        return function(**{**(kwargs if takes_more else {}), **arguments})
+
+    return Tool(name, description, parameters, arguments_schema(parameters), call, ToolLoop())
+
+
+def _said_by(error):
+    try:
+        return " ".join(str(error)[:READ_BLOCK_BYTES].split())
+    except Exception as other:
+        return "its message cannot be made (%s)" % type(other).__name__
+
+
+def raised(error: BaseException) -> str:
+    """What was raised, in a line for people: its type and what it says, which may be long."""
+    said = _said_by(error)
+    return "%s: %s" % (type(error).__name__, said) if said else type(error).__name__
+
+
+def shortened(text: str) -> str:
+    """A text for a message; of a long one, its beginning."""
+    return text if len(text) <= MAX_SAID_CHARACTERS else text[:MAX_SAID_CHARACTERS] + " ..."
+
+
+class BaseTool:
+    """What modelscope-agent's tools are made from, where that package is not installed.
+
+    cfg: of the tool, or of several by name.
+    """
+
+    name = ""
+    description = ""
+    parameters = ()
+
+    def __init__(self, cfg: dict | None = None):
+        own = (cfg or {}).get(self.name)
+        self.cfg = own if isinstance(own, dict) else cfg or {}
+
+    def call(self, params: str, **kwargs) -> object:
+        """Answer a call.  params: JSON text."""
+        raise NotImplementedError
+
+    def _verify_args(self, params):
+        """As the original's: the arguments; ValueError where a required one is missing."""
+        arguments = parse_arguments(params)[1]
+        for name in arguments_schema(self.parameters).get("required", ()):
+            if name not in arguments:
+                raise ValueError("param `%s` is required" % name)
+        return arguments
+
+
+def _stand_in_for_modelscope():
+    """Let `from modelscope_agent.tools.base import BaseTool, register_tool` work where there is no such package."""
+    from importlib.util import find_spec
+    from types import ModuleType
+
+    registry = {}
+
+    def register_tool(name):
+        def register(cls):
+            registry[name] = {"class": cls}
+            return cls
+
+        return register
+
+    present = sys.modules.get("modelscope_agent")
+    if (find_spec("modelscope_agent") if present is None else present.__spec__) is None:  # or it is our earlier one
+        for name in ("modelscope_agent", "modelscope_agent.tools", "modelscope_agent.tools.base"):
+            module = sys.modules[name] = ModuleType(name)
+            module.__path__ = []
+            module.BaseTool, module.register_tool, module.TOOL_REGISTRY = BaseTool, register_tool, registry
+            holder, _, own_name = name.rpartition(".")
+            if holder:
+                setattr(sys.modules[holder], own_name, module)
+
+
+def _registered():
+    """What modelscope-agent's tools have registered, as name -> class or function.
+
+    Its registry is read as a plain dict: the package's own imports a module for a name that it does not have.
+    """
+    registry = getattr(sys.modules.get("modelscope_agent.tools.base"), "TOOL_REGISTRY", None)
+    entries = dict.items(registry) if isinstance(registry, dict) else ()
+    return {name: entry.get("class") if isinstance(entry, dict) else entry for name, entry in entries}
+
+
+class RenewInstance(BaseTool):
+    """modelscope-agent's demonstration tool: it says that it renewed a machine, and does nothing."""
+
+    name = "RenewInstance"
+    description = "续费一台包年包月ECS实例"
+    parameters = [
+        {"name": "instance_id", "description": "ECS实例ID", "required": True, "type": "string"},
+        {"name": "period", "description": "续费时长以月为单位", "required": True, "type": "string"},
+    ]
+
+    def call(self, params, **_):
+        """The sentence that the original says."""
+        arguments = self._verify_args(params)
+        return "已完成ECS实例ID为%s的续费，续费时长%s月" % (arguments["instance_id"], arguments["period"])
+
+
+class _WebTool(BaseTool):
+    """A tool that asks a web service.
+
+    Its cfg may have `base_url`, and `api_key` (or `token`), which a call's kwargs may give, too, as `key_name`.  Where
+    the cfg says neither, the environment counts: `key_variable`, and `url_variable` for another base URL.  A key from
+    the environment goes to a base URL from there only: it must not follow whoever may write the cfg.
+    """
+
+    base_url = key_name = key_variable = url_variable = ""
+
+    def __init__(self, cfg=None):
+        super().__init__(cfg)
         try:
-            self.http = HTTPService(host, port, routes, logger, settings.type, gauges, key, limit)
+            self._url = as_url(self.cfg.get("base_url") or os.environ.get(self.url_variable) or self.base_url)
+        except (ValueError, UsageError):
+            raise ValueError("its base_url must be a URL without a key in it, as %s" % self.base_url) from None
+
+    def _key(self, kwargs):
+        """The key for a call.  Raises ValueError where there is none."""
+        given_url = self.cfg.get("base_url")
+        key = kwargs.get(self.key_name) or self.cfg.get("api_key") or self.cfg.get("token")
+        if not key and not given_url:
+            key = os.environ.get(self.key_variable)
+        if not key:
+            message = "%s needs a key: give it as %s in the call's kwargs, as api_key in its tool_cfg%s"
+            where = "" if given_url else ", or as %s in its environment" % self.key_variable
+            raise ValueError(message % (self.name, self.key_name, where))
+        try:
+            return as_api_key(key)
+        except ValueError as error:
+            raise ValueError("the key of %s %s" % (self.name, error)) from None
+
+
+def direct_opener(*handlers) -> object:
+    """As urllib's build_opener, but it follows no redirect: a key that is sent would go wherever the service says."""
+    from urllib.request import HTTPRedirectHandler, build_opener
+
+    class NoRedirect(HTTPRedirectHandler):
+        def redirect_request(self, *_):
+            return None
+
+    return build_opener(NoRedirect, *handlers)
+
+
+def _fetch_json(url, headers=None, value=None):
+    """A web service's JSON answer.  Raises RuntimeError with what it said; never the URL, which may hold a key."""
+    import urllib.error
+    import urllib.request
+    from http.client import HTTPException
+
+    body = None if value is None else dump_json(value).encode("utf-8")
+    headers = {"Content-Type": "application/json", **(headers or {})} if body else headers or {}
+    request = urllib.request.Request(url, body, headers)
+    try:
+        with direct_opener().open(request, timeout=TOOL_HTTP_SECONDS) as response:
+            return parse_json(response.read(READ_BLOCK_BYTES).decode("utf-8"))
+    except urllib.error.HTTPError as error:
+        with error:
+            said = error.read(READ_BLOCK_BYTES).decode("utf-8", "replace")
+        raise RuntimeError("the service answered %d: %s" % (error.code, said)) from None
+    except urllib.error.URLError as error:
+        raise RuntimeError("the service does not answer: %s" % error.reason) from None
+    except (OSError, ValueError, HTTPException) as error:
+        raise RuntimeError("the service's answer cannot be read: %s" % raised(error)) from None
+
+
+class AMapWeather(_WebTool):
+    """The weather at a place in China, from AMap's web service."""
+
+    name = "amap_weather"
+    description = "获取对应城市的天气数据"
+    parameters = [
+        {
+            "name": "location",
+            "type": "string",
+            "description": "城市/区具体名称，如`北京市海淀区`请描述为`海淀区`",
+            "required": True,
+        }
+    ]
+    base_url, url_variable = "https://restapi.amap.com", "AMAP_BASE_URL"
+    key_name, key_variable = "amap_api_key", "AMAP_TOKEN"
+
+    def call(self, params, **kwargs):
+        """`<place>的天气是<weather>温度是<degrees>度。`  Raises RuntimeError with what the service said."""
+        location = self._verify_args(params)["location"]
+        key = self._key(kwargs)
+        districts = self._ask("/v3/config/district", "districts", keywords=location, subdistrict="0", key=key)
+        code = districts[0].get("adcode")
+        live = self._ask("/v3/weather/weatherInfo", "lives", city=code, key=key)[0]
+        return "%s的天气是%s温度是%s度。" % (location, live.get("weather"), live.get("temperature"))
+
+    def _ask(self, path, what, **query):
+        from urllib.parse import urlencode
+
+        answer = _fetch_json("%s%s?%s" % (self._url, path, urlencode(query)))
+        found = answer.get(what) if isinstance(answer, dict) else None
+        if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+            said = answer.get("info") if isinstance(answer, dict) else None
+            raise RuntimeError("AMap refused: %s" % said)
+        if not found:
+            raise ValueError("AMap knows no such place")
+        return found
+
+
+class ImageGeneration(_WebTool):
+    """An image from a description, by DashScope's web service.
+
+    Its cfg may have `model`, too.
+    """
+
+    name = "image_gen"
+    description = "AI绘画（图像生成）服务，输入文本描述和图像分辨率，返回根据文本信息绘制的图片URL。"
+    parameters = [
+        {
+            "name": "text",
+            "type": "string",
+            "description": "详细描述了希望生成的图像具有什么内容，例如人物、环境、动作等细节描述",
+            "required": True,
+        },
+        {
+            "name": "resolution",
+            "type": "string",
+            "description": "格式是 数字*数字，表示希望生成的图像的分辨率大小，选项有[1024*1024, 720*1280, 1280*720]",
+            "required": False,
+        },
+    ]
+    base_url, url_variable = "https://dashscope.aliyuncs.com", "DASHSCOPE_BASE_URL"
+    key_name, key_variable = "dashscope_api_key", "DASHSCOPE_API_KEY"
+    sizes = ("1280*720", "720*1280", "1024*1024")
+
+    def call(self, params, **kwargs):
+        """`![IMAGEGEN](<URL>)`  Raises RuntimeError with what the service said."""
+        arguments = self._verify_args(params)
+        headers = {"Authorization": "Bearer " + self._key(kwargs)}
+        size = arguments.get("resolution")
+        task = {
+            "model": str(kwargs.get("model") or self.cfg.get("model") or "wanx-v1"),
+            "input": {"prompt": arguments["text"]},
+            "parameters": {"n": 1, "size": size if size in self.sizes else self.sizes[0]},
+        }
+        url = self._url + "/api/v1/services/aigc/text2image/image-synthesis"
+        output = self._output(_fetch_json(url, {**headers, "X-DashScope-Async": "enable"}, task))
+        delay = 0.5
+        while output.get("task_status") in ("PENDING", "RUNNING", "SUSPENDED"):  # the node ends what takes too long
+            time.sleep(delay)
+            delay = min(2 * delay, 4.0)
+            output = self._output(_fetch_json("%s/api/v1/tasks/%s" % (self._url, self._task_id(output)), headers))
+        return "![IMAGEGEN](%s)" % self._image_url(output)
+
+    def _output(self, answer):
+        output = answer.get("output") if isinstance(answer, dict) else None
+        if not isinstance(output, dict):
+            raise RuntimeError("DashScope answered without an output: %s" % dump_json(answer))
+        return output
+
+    def _task_id(self, output):
+        task_id = str(output.get("task_id"))
+        if not re.match(r"[A-Za-z0-9_-]+\Z", task_id):
+            raise RuntimeError("DashScope's answer has no task_id")
+        return task_id
+
+    def _image_url(self, output):
+        results = output.get("results")
+        first = results[0] if isinstance(results, list) and results else None
+        if output.get("task_status") != "SUCCEEDED" or not isinstance(first, dict) or not first.get("url"):
+            raise RuntimeError("DashScope made no image: %s" % dump_json(output))
+        return first["url"]
+
+
+BUILT_IN_TOOLS = {tool.name: tool for tool in (RenewInstance, AMapWeather, ImageGeneration)}
+
+
+# ======================================================================================================================
+# Tool node: one tool behind HTTP, for the manager that made it. The tool runs in worker processes, so that whatever it
+# does (hang, exit, print, fill the memory) is the end of one call and of one worker, and the node answers on.
+#
+#   Worker       a process of this interpreter in a group of its own that loads the tool and runs one call at a time.
+#                Workers are begun as calls need them; the first idle one, by age, takes a call, so that calls which
+#                follow one another meet the same instance of the tool.
+#   Messages     one line each way: a number, a space and JSON.  On its standard input a call as it came, {"params",
+#                "kwargs"}, the first as number 1.  On its standard output, as number 0, {"info"} or {"failed"} when it
+#                has loaded the tool, then with the number of each call {"output"}, {"refused"} (bad arguments) or
+#                {"raised"}.  What the tool itself reads is empty, and what it prints goes to standard error.  It can
+#                write to the worker's own output all the same, and at any time, as from a thread: a worker that has
+#                said something unasked, or answers with another number, is not used any more.
+#   Ends         A worker whose call takes too long, whose client hangs up, or which says what it should not, is killed
+#                with its group.  One whose node has died reads the end of its input, and kills its group itself; if it
+#                cannot read, since some C code of the tool does not let it, it ends when its time is over.
+# ======================================================================================================================
+
+# Like RUN_BYTECODE, but as a module, whose `run_tool_worker` is then called with what follows on standard input.
+_RUN_WORKER = """import marshal, os, sys
+sys.path[:] = filter(None, sys.path)
+__file__, __name__ = sys.argv.pop(1), "rock_ms"
+sys.modules[__name__] = sys.modules["__main__"]
+calls = os.fdopen(os.dup(0), "rb")
+exec(marshal.loads(calls.read(int(calls.readline()))))
+run_tool_worker(calls)"""
+
+
+def run_tool_worker(calls: object) -> None:
+    """Be a worker: load the tool that the first line of `calls` names, and answer the lines that follow."""
+    from queue import Queue
+
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])  # the node waits for its signals; what a tool begins must get them
+    spec = parse_json(calls.readline().decode("utf-8"))
+    lines, own_number = Queue(), os.getpid()
+
+    def answer(call_number, kind, text):
+        if os.getpid() != own_number:  # the tool has forked, and its child has come back here
+            os._exit(0)
+        answers.write(('%d {"%s":%s}\n' % (call_number, kind, text)).encode("utf-8"))
+        answers.flush()
+
+    def read():
+        for line in calls:
+            lines.put(line)
+        os.killpg(0, signal.SIGKILL)  # the node is gone, and whatever the tool does is for nobody
+
+    threading.Thread(target=read, daemon=True).start()
+    _end_after(TOOL_LOAD_SECONDS)
+    try:
+        tool = load_tool(spec["tool"], spec["tool_file"], spec["tool_cfg"])
+    except UsageError as error:
+        answer(0, "failed", dump_json(str(error)))
+        return
+    answer(0, "info", dump_json(tool.info()))
+    while True:
+        _end_after(None)
+        line = lines.get()
+        _reopen_output()
+        _end_after(spec["seconds"])
+        call_number, _, text = line.decode("utf-8").partition(" ")
+        call = parse_json(text)
+        answer(int(call_number), *_outcome(tool, call.get("params"), call.get("kwargs") or {}))
+
+
+def _reopen_output():
+    """Where the last call has closed standard output or error, open it again, or whatever prints would fail."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(getattr(sys, name), "closed", False):
+            stream = os.fdopen(number, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
+            setattr(sys, name, stream)
+
+
+def _end_after(seconds):
+    """End this process then, whatever it does: code that keeps Python's lock keeps `read` above from running, too.
+
+    The node ends it sooner, unless the node is gone.  None: not at all.
+    """
+    import faulthandler
+
+    faulthandler.cancel_dump_traceback_later()
+    if seconds is not None:
+        faulthandler.dump_traceback_later(seconds + WORKER_GRACE_SECONDS, exit=True, file=2)
+
+
+def _outcome(tool, params, kwargs):
+    """What a call ends with: the kind of message, and its content as JSON text."""
+    try:
+        text, arguments = tool.check(params)
+    except ValueError as error:
+        return "refused", dump_json(str(error))
+    try:
+        output = tool.run(text, arguments, kwargs)
+    except BaseException as error:
+        import traceback
+
+        with contextlib.suppress(Exception):  # the tool may have closed standard error
+            traceback.print_tb(error.__traceback__)  # where, and not what: that may hold a key
+        return "raised", dump_json(raised(error))
+    try:
+        output_text = json.dumps(output, allow_nan=False)
+    except Exception as error:
+        return "raised", dump_json("it returned what JSON cannot hold: %s" % raised(error))
+    if len(output_text) > MAX_TOOL_OUTPUT_BYTES:
+        message = "it returned %d bytes of JSON; at most %d are passed on"
+        return "raised", dump_json(message % (len(output_text), MAX_TOOL_OUTPUT_BYTES))
+    return "output", output_text
+
+
+class WorkerFailed(Exception):
+    """A worker did not answer as it should, and cannot be used any more.  status: what the client is told."""
+
+    def __init__(self, message, status=500):
+        super().__init__(message)
+        self.status = status
+
+
+class ToolWorker:
+    """A worker process, seen from the node.  Used by one thread at a time.
+
+    spec: what it loads, as `run_tool_worker` reads it.  environ: its environment.  info: what the tool says of itself.
+    Raises WorkerFailed where it cannot be begun, or the tool cannot be loaded, ApiError 503 where the node is to stop.
+    """
+
+    def __init__(self, spec: dict, environ: dict):
+        import subprocess
+
+        command = [*interpreter(), "-c", _RUN_WORKER, os.path.abspath(__file__)]
+        data = own_bytecode() + _line(spec)
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+        try:
+            self._process = subprocess.Popen(command, env=environ, start_new_session=True, **streams)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise WorkerFailed("no process can be begun for the tool: %s" % reason) from None
+        self._killing = threading.Lock()
+        self._number = 0  # of what it is asked, and has to answer with; 0 while it loads
+        for stream in (self._process.stdin, self._process.stdout):
+            os.set_blocking(stream.fileno(), False)
+        try:
+            answer = self._ask(data, TOOL_LOAD_SECONDS)
+        except WorkerFailed as error:
+            raise WorkerFailed("the tool %s cannot be loaded: %s" % (spec["tool"], error)) from None
+        if "info" not in answer:
+            self.close()
+            raise WorkerFailed(str(answer.get("failed")))
+        self.info = answer["info"]
+
+    def call(self, text: str, seconds: float) -> dict:
+        """The message that a call ends with.  text: a call, as one line.  Raises WorkerFailed; then it is closed."""
+        self._number += 1
+        return self._ask(b"%d %s\n" % (self._number, text.encode("utf-8")), seconds)
+
+    def _ask(self, data, seconds):
+        deadline = time.monotonic() + seconds
+        try:
+            self._check_silence()
+            self._write(data, deadline)
+            return self._answer(self._read_line(deadline))
+        except TimeoutError:
+            self.close()
+            raise WorkerFailed("it did not answer within %g s, and was stopped" % seconds, 504) from None
+        except EOFError:
+            raise WorkerFailed(self._end()) from None
+        except InterruptedError:
+            self.close()
+            raise ApiError(503, "the tool node is stopping") from None
+        except (OSError, ValueError) as error:
+            self.close()
+            raise WorkerFailed("its process cannot be understood: %s" % error) from None
+
+    def _check_silence(self):
+        """Raise ValueError where it has said what nobody asked for."""
+        import select
+
+        poll = select.poll()
+        poll.register(self._process.stdout, select.POLLIN)
+        if any(event & select.POLLIN for _, event in poll.poll(0)):
+            raise ValueError("it spoke before it was asked")
+
+    def _answer(self, line):
+        number, _, text = line.partition(b" ")
+        if number != b"%d" % self._number:
+            raise ValueError("what it says does not answer what it was asked")
+        answer = parse_json(text.decode("utf-8"))
+        if not isinstance(answer, dict):
+            raise ValueError("its answer is not an object")
+        return answer
+
+    def _write(self, data, deadline):
+        import select
+
+        view = memoryview(data)
+        while view:
+            self._wait(self._process.stdin, select.POLLOUT, deadline)
+            try:
+                view = view[os.write(self._process.stdin.fileno(), view[:READ_BLOCK_BYTES]) :]
+            except BlockingIOError:
+                pass
+            except BrokenPipeError:
+                return  # it may have said why before it ended
+
+    def _read_line(self, deadline):
+        import select
+
+        pieces, size = [], 0
+        while not pieces or b"\n" not in pieces[-1]:
+            self._wait(self._process.stdout, select.POLLIN, deadline)
+            pieces.append(os.read(self._process.stdout.fileno(), READ_BLOCK_BYTES))
+            size += len(pieces[-1])
+            if not pieces[-1]:
+                raise EOFError
+            if size > 2 * MAX_TOOL_OUTPUT_BYTES:
+                raise ValueError("it says too much")
+        line, _, more = b"".join(pieces).partition(b"\n")
+        if more:
+            raise ValueError("it says more than its answer")
+        return line
+
+    def _wait(self, stream, event, deadline):
+        """Wait until a pipe is ready.  A child of the tool's may hold it open, so that its end is looked for, too."""
+        import select
+
+        poll = select.poll()
+        poll.register(stream, event)
+        while not poll.poll(max(0.0, min(WORKER_LOOK_SECONDS, deadline - time.monotonic())) * 1000):
+            if not self.is_alive() and not poll.poll(0):
+                raise EOFError
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            if self._number == 0 and signal.sigpending() & STOP_SIGNALS:  # nobody waits for them before all is loaded
+                raise InterruptedError
+
+    def _end(self):
+        """Close it; how it ended."""
+        deadline = time.monotonic() + 1.0
+        while self.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        is_alive = self.is_alive()
+        self.close()
+        code = self._process.returncode
+        if is_alive:
+            return "its process closed its output"
+        return "its process ended (%s)" % ("signal %d" % -code if code < 0 else "exit code %d" % code)
+
+    def is_alive(self) -> bool:
+        """Whether it has not ended.  It is not reaped before `close`, so that its number stays its own."""
+        return self._process.returncode is None and process_identity(self._process.pid) is not None
+
+    def interrupt(self) -> None:
+        """Have it killed, with all that it began and that is still in its group, also while another thread uses it."""
+        with self._killing:
+            if self._process.returncode is None:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+
+    def kill(self) -> None:
+        """Interrupt it, and wait for its end."""
+        self.interrupt()
+        with self._killing:
+            self._process.wait()
+
+    def close(self) -> None:
+        """Kill it, and close its pipes.  Harmless a second time."""
+        self.kill()
+        self._process.stdin.close()
+        self._process.stdout.close()
+
+
+def _line(value):
+    return dump_json(value).encode("utf-8") + b"\n"
+
+
+class WorkerPool:
+    """The workers of a tool, begun when they are needed.
+
+    begin: makes a worker.  size: how many there may be.
+    """
+
+    def __init__(self, begin, size: int):
+        self._begin = begin
+        self._size = size
+        self._changed = threading.Condition()
+        self._idle = {}  # number -> worker
+        self._busy = {}  # number -> worker, None while it is being begun
+        self._is_closed = False
+
+    def use(self, function, seconds: float) -> object:
+        """What `function` makes of a worker.  A worker with which it raises anything is not used again.
+
+        seconds: how long to wait for an idle one.  Raises ApiError 503 where none comes.
+        """
+        number, worker = self._take(seconds)
+        try:
+            if worker is None:
+                worker = self._new(number)
+            result = function(worker)
         except BaseException:
-            self.service.stop()
-            self.service.close()
+            self._give_back(number, None)
+            if worker:
+                worker.close()
+            raise
+        self._give_back(number, worker)
+        return result
+
+    def _take(self, seconds):
+        dead = []
+        try:
+            with self._changed:
+                seconds = min(seconds, threading.TIMEOUT_MAX)
+                self._changed.wait_for(lambda: self._is_closed or self._idle or len(self._busy) < self._size, seconds)
+                dead += self._pop_dead()
+                return self._choose()
+        finally:
+            for worker in dead:  # without the lock, since it waits for a process
+                worker.close()
+
+    def _pop_dead(self):
+        numbers = [number for number, worker in self._idle.items() if not worker.is_alive()]
+        return [self._idle.pop(number) for number in numbers]
+
+    def _choose(self):
+        if self._is_closed:
+            raise ApiError(503, "the tool node is stopping")
+        if self._idle:
+            number = min(self._idle)
+        elif len(self._busy) < self._size:
+            number = next(number for number in range(self._size) if number not in self._busy)
+        else:
+            raise ApiError(503, "all %d workers of the tool are busy; try again later" % self._size)
+        worker = self._busy[number] = self._idle.pop(number, None)
+        return number, worker
+
+    def _new(self, number):
+        worker = self._begin()
+        with self._changed:
+            self._busy[number] = worker
+            is_closed = self._is_closed
+        if is_closed:
+            worker.close()
+            raise ApiError(503, "the tool node is stopping")
+        return worker
+
+    def _give_back(self, number, worker):
+        with self._changed:
+            del self._busy[number]
+            is_closed = self._is_closed
+            if worker and not is_closed:
+                self._idle[number] = worker
+            self._changed.notify()
+        if worker and is_closed:
+            worker.close()
+
+    def stop(self) -> None:
+        """Let no further call begin; those that wait get 503."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Kill all workers, also those with a call."""
+        self.stop()
+        with self._changed:
+            idle, busy = list(self._idle.values()), list(filter(None, self._busy.values()))
+            self._idle.clear()
+        for worker in idle:
+            worker.close()
+        for worker in busy:
+            worker.kill()
+
+
+def new_request_id() -> str:
+    """As in the answers of modelscope-agent's servers."""
+    import uuid
+
+    return str(uuid.uuid4())
+
+
+def envelope(output: object, message: str = "", request_id: str | None = None, **more) -> Reply:
+    """A Reply of modelscope-agent's servers: `{request_id, message, output}`.  more: keys that come before these."""
+    value = {**more, "request_id": request_id or new_request_id(), "message": message, "output": output}
+    return json_reply(value)
+
+
+def envelope_error(error: ApiError, request_id: str | None = None) -> Reply:
+    """An error of these servers: `{request_id, message}`."""
+    body = _line({"request_id": request_id or new_request_id(), "message": str(error)})
+    return Reply(error.status, body, headers=error.headers)
+
+
+_SECRET_NAME = re.compile("key|token|secret|passw|auth|credential|cookie", re.IGNORECASE)
+
+
+def secrets_in(value: object) -> list:
+    """The values in a configuration that are secrets, as their names tell; as texts."""
+    secrets, waiting = [], [(value, False)]
+    while waiting:
+        part, is_secret = waiting.pop()
+        if isinstance(part, dict):
+            waiting += [(part[name], is_secret or bool(_SECRET_NAME.search(name))) for name in part]
+        elif isinstance(part, list):
+            waiting += [(item, is_secret) for item in part]
+        elif is_secret:
+            secrets.append(str(part))
+    return secrets
+
+
+def node_proof(api_key: str, nonce: str) -> str:
+    """What only a node with that key can say to a client that chose the nonce, and that does not tell the key."""
+    import hmac
+
+    return hmac.new(api_key.encode("utf-8"), ("rock-tool-node " + nonce).encode("utf-8"), "sha256").hexdigest()
+
+
+class _ClientsCall:
+    """A call for as long as its client wants it.  Its end is one thread's business, the client's hang-up another's."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._worker = None  # that the call uses now; after it, another call may
+        self._is_unwanted = False
+
+    def hang_up(self) -> None:
+        """Interrupt the worker that the call uses, or let it use none."""
+        with self._lock:
+            self._is_unwanted = True
+            if self._worker:
+                self._worker.interrupt()
+
+    def run(self, worker: ToolWorker, text: str, seconds: float) -> dict | None:
+        """As ToolWorker.call; None where the client was gone before.  Raises ClientGone where it goes meanwhile."""
+        with self._lock:
+            if self._is_unwanted:
+                return None
+            self._worker = worker
+        try:
+            return worker.call(text, seconds)
+        finally:
+            with self._lock:
+                self._worker = None
+                if self._is_unwanted:  # and the worker is dead, even where it has answered
+                    raise ClientGone
+
+
+class ToolNode:
+    """The endpoints of a tool node.
+
+    settings: ServiceSettings.  logger: as from `logging`.
+    """
+
+    def __init__(self, settings: ServiceSettings, logger):
+        self._settings = settings
+        self._logger = logger
+        path = settings.tool_file and os.path.abspath(settings.tool_file)
+        seconds = None if settings.wait_limit == float("inf") else settings.wait_limit
+        spec = {"tool": settings.tool, "tool_file": path, "tool_cfg": settings.tool_cfg, "seconds": seconds}
+        ours = {spec.metadata["env"] for spec in fields(ServiceSettings)}
+        environ = {name: value for name, value in os.environ.items() if name not in ours}
+        self._pool = WorkerPool(lambda: ToolWorker(spec, {**environ, **settings.tool_env}), settings.tool_workers)
+        self._keys = secrets_in(settings.tool_cfg) + secrets_in({"keys": list(settings.tool_env.values())})
+        self._info = {}
+        self.about = "tool %s, %s" % (settings.tool, path or "built in")
+
+    def routes(self) -> list:
+        """The route table of the node's own endpoints."""
+        return [
+            Route("GET", "/tool_info", self.tool_info),
+            Route("POST", "/execute_tool", self.execute_tool),
+            Route("GET", "/identity", self.identity, is_open=True, is_quiet=True),
+        ]
+
+    def gauges(self) -> dict:
+        """Numbers for /metrics."""
+        return {}
+
+    def start(self) -> None:
+        """Load the tool.  Raises UsageError where that fails."""
+        try:
+            self._info = self._pool.use(lambda worker: worker.info, TOOL_LOAD_SECONDS)
+        except WorkerFailed as error:
+            raise UsageError(self._for_people(str(error), {})) from None
+
+    def stop(self) -> None:
+        """End the calls that wait for a worker with 503."""
+        self._pool.stop()
+
+    def close(self) -> None:
+        """End every worker."""
+        self._pool.close()
+
+    def tool_info(self, request: Request) -> Reply:
+        """What the tool says of itself."""
+        return envelope(self._info, request_id=_asked(request, "request_id"))
+
+    def identity(self, request: Request) -> Reply:
+        """Prove to a client that has not sent its key yet that this node knows it.  Raises ApiError 400, 404."""
+        if self._settings.api_key is None:
+            raise ApiError(404, "this node has no key to prove itself with")
+        nonce = _asked(request, "nonce")
+        if not 1 <= len(nonce) <= MAX_NONCE_CHARACTERS:
+            raise ApiError(400, "give a nonce of 1 to %d characters, as ?nonce=TEXT" % MAX_NONCE_CHARACTERS)
+        return envelope(node_proof(self._settings.api_key, nonce))
+
+    def execute_tool(self, request: Request) -> Reply:
+        """Call the tool.  Raises ClientGone.
+
+        Errors: 400 for bad arguments, 500 for what the tool raised, 503 where all workers are busy, 504 for too long.
+        """
+        text, call = request.json()
+        request_id = call.get("request_id")
+        request_id = request_id if isinstance(request_id, str) else None
+        try:
+            _check_call(call)
+            return envelope(self._run(text, call.get("kwargs") or {}, request), request_id=request_id)
+        except ApiError as error:
+            return envelope_error(error, request_id)
+
+    def _run(self, text, kwargs, request):
+        name, seconds = self._settings.tool, self._settings.wait_limit
+        call = _ClientsCall()
+        request.watch_hangup(call.hang_up)
+        try:
+            answer = self._pool.use(lambda worker: call.run(worker, text, seconds), seconds)
+        except WorkerFailed as error:
+            raise self._failure(error.status, "the tool %s failed: %s" % (name, error), kwargs) from None
+        if answer is None:
+            raise ClientGone
+        if "refused" in answer:
+            raise self._failure(400, "the tool %s refused: %s" % (name, answer["refused"]), kwargs)
+        if "output" not in answer:
+            raise self._failure(500, "the tool %s failed: %s" % (name, answer.get("raised")), kwargs)
+        return answer["output"]
+
+    def _failure(self, status, message, kwargs):
+        message = self._for_people(message, kwargs)
+        self._logger.warning("%s", message)
+        return ApiError(status, message)
+
+    def _for_people(self, message, kwargs):
+        """A message without keys, and only then cut to its size: half a key would not be found."""
+        return shortened(Secrets(self._keys + secrets_in(kwargs)).hide(message))
+
+
+def _asked(request, name):
+    """A parameter of a request's query; empty where there is none."""
+    from urllib.parse import parse_qs
+
+    return parse_qs(request.head.query or "").get(name, [""])[0]
+
+
+def _check_call(call):
+    """Refuse, with ApiError 400, what /execute_tool does not take."""
+    known = ["params", "kwargs", "request_id"]
+    for name in call:
+        if name not in known:
+            raise ApiError(400, "unknown field %r%s" % (name, did_you_mean(name, known)))
+    kwargs = {} if call.get("kwargs") is None else call["kwargs"]
+    if not isinstance(kwargs, dict):
+        raise ApiError(400, "kwargs must be a JSON object, got %s" % json_type(kwargs))
+    if "params" in kwargs:
+        raise ApiError(400, "kwargs must not have params, which stand beside them")
+
+
+# ======================================================================================================================
+# Servers: a service of any type with all around it, started and stopped in the right order.
+# ======================================================================================================================
+
+
+class Server:
+    """A service with its HTTP server.
+
+    service: has `about` (what is said of it at its start), `routes()`, `gauges()`, and `start()` before the first call,
+    `stop()` to end what waits, `close()` after the last.  settings: `type`, `host`, `port` and `max_body_bytes` count.
+    more_routes, options: as HTTPService takes them.
+
+    It listens at once and answers from `start` on.  Raises what its service's start raises, and RockError where it
+    cannot listen.
+    """
+
+    def __init__(self, service, settings, logger, more_routes=(), **options):
+        self.service = service
+        routes = service.routes() + list(more_routes)
+        options = {"gauges": service.gauges, "max_body_bytes": settings.max_body_bytes, **options}
+        try:
+            self.http = HTTPService(settings.host, settings.port, routes, logger, settings.type, **options)
+        except BaseException:
+            service.stop()
+            service.close()
             raise
         try:
-            if not is_resumed:
-                paths.set_earlier_aside(settings.traj_append_mode or settings.replay_file is not None, logger)
-            log.prepare()
-            self.service.start()
-            if is_resumed and not self.session.has_ended:
-                self._watch.resume(watched_by(earlier))
+            self._prepare()
         except BaseException:
             self.stop()
             raise
+
+    def _prepare(self):
+        """What has to be done before the first call, once it is known that it can come."""
+        self.service.start()
+
+    @property
+    def ready(self) -> dict:
+        """What is said of it to whoever started it."""
+        return {"about": self.service.about}
 
     def start(self) -> None:
         """Begin to answer."""
@@ -5315,8 +7130,57 @@ class ModelServer:
         """End the calls that wait for something else than their answer with 503, then every thread."""
         self.service.stop()
         self.http.stop()
-        self._watch.stop()
         self.service.close()
+
+
+_MODEL_SERVICES = {"local": local_service, "proxy": proxy_service}
+
+
+class ModelServer(Server):
+    """A model service with its HTTP server, its files and its watch over agents.
+
+    Its service has a `session` (see AgentWatch), too.  is_resumed: go on with the files of the earlier session, which
+    are set aside otherwise.  earlier: the state that its service left (see ServiceState).  on_watch: told what is
+    watched.  Raises RockError where it cannot listen, StorageError where a file cannot be used, UsageError for a bad
+    recording.
+    """
+
+    def __init__(
+        self, settings, paths: DataPaths, logger, is_resumed=False, earlier=None, on_watch=lambda watched: None
+    ):
+        self._settings, self._paths, self._logger = settings, paths, logger
+        self._log = MarkerLog(paths.log_file)
+        self._is_resumed, self._earlier = is_resumed, earlier or {}
+        service = _MODEL_SERVICES[settings.type](settings, paths, self._log, logger, is_resumed, self._earlier)
+        self.session = service.session
+        self._watch = AgentWatch(self.session, logger, on_watch)
+        super().__init__(service, settings, logger, [self._watch.route()], authorise=bearer_check(settings.api_key))
+
+    def _prepare(self):
+        settings = self._settings
+        if not self._is_resumed:
+            keeps_trajectory = settings.traj_append_mode or settings.replay_file is not None
+            self._paths.set_earlier_aside(keeps_trajectory, self._logger)
+        self._log.prepare()
+        self.service.start()
+        if self._is_resumed and not self.session.has_ended:
+            self._watch.resume(watched_by(self._earlier))
+
+    @property
+    def ready(self) -> dict:
+        """As of a Server, and whether the session has ended."""
+        return {**super().ready, "session_ended": self.session.has_ended}
+
+    def stop(self) -> None:
+        """As of a Server; ends the watch, too."""
+        super().stop()
+        self._watch.stop()
+
+
+def tool_server(settings: ServiceSettings, logger) -> Server:
+    """A tool node with its HTTP server."""
+    authorise = bearer_check(settings.api_key)
+    return Server(ToolNode(settings, logger), settings, logger, authorise=authorise, error_reply=envelope_error)
 
 
 # ======================================================================================================================
@@ -5528,9 +7392,9 @@ def say(text: str) -> None:
     sys.stdout.buffer.flush()
 
 
-def complain(text: str) -> None:
-    """Print a line on standard error."""
-    sys.stderr.write("rock-ms: %s\n" % text)
+def complain(text: str, who: str = "rock-ms") -> None:
+    """Print a line on standard error.  who: the program that says it."""
+    sys.stderr.write("%s: %s\n" % (who, text))
 
 
 def connect_host(host: str) -> str:
@@ -5538,13 +7402,26 @@ def connect_host(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
 
 
+def host_and_port(host: str, port: int) -> str:
+    """Where a server that listens there is reached from this machine, as it stands in a URL."""
+    host = connect_host(host)
+    return "%s:%d" % ("[%s]" % host if ":" in host else host, port)
+
+
 def base_url(host: str, port: int) -> str:
     """What an agent on this machine is given as OPENAI_BASE_URL."""
-    host = connect_host(host)
-    return "http://%s:%d/v1" % ("[%s]" % host if ":" in host else host, port)
+    return "http://%s/v1" % host_and_port(host, port)
 
 
-def call_service(host: str, port: int, method: str, path: str, value: object = None, api_key: str | None = None):
+def call_service(
+    host: str,
+    port: int,
+    method: str,
+    path: str,
+    value: object = None,
+    api_key: str | None = None,
+    title="model service",
+):
     """Send one request to a running service; return its JSON.  Raises RockError with what it, or the network, said."""
     from http.client import HTTPConnection, HTTPException
 
@@ -5556,13 +7433,11 @@ def call_service(host: str, port: int, method: str, path: str, value: object = N
         response = connection.getresponse()
         answer = parse_json(response.read().decode("utf-8"))
         if response.status == 401:
-            raise RockError(
-                "the model service asks for its API key: give it in ROCK_MODEL_SERVICE_API_KEY, or --api-key"
-            )
+            raise RockError("the %s asks for its API key: give it in ROCK_MODEL_SERVICE_API_KEY, or --api-key" % title)
         if response.status >= 400:
-            raise RockError("the model service refused: %s" % answer["error"]["message"])
-    except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
-        raise RockError("no model service answers on %s:%s: %s" % (connect_host(host), port, error)) from None
+            raise RockError("the %s refused: %s" % (title, answer.get("error", answer)["message"]))
+    except (OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RockError("no %s answers on %s:%s: %s" % (title, connect_host(host), port, error)) from None
     finally:
         connection.close()
     return answer
@@ -5570,19 +7445,19 @@ def call_service(host: str, port: int, method: str, path: str, value: object = N
 
 def command_start(args: argparse.Namespace) -> int:
     """Run the service, here or in the background."""
-    flags = {spec.name: getattr(args, spec.name, None) for spec in fields(ServiceSettings)}
+    flags = given_settings(ServiceSettings, args)
     data_dir = resolve_data_dir(args.data_dir, os.environ)
-    earlier = ServiceState(data_dir).read() if args.resume else {}
+    state = ServiceState(data_dir)
+    earlier = state.read() if args.resume else {}
     proxied = earlier.get("settings")
     known = {**earlier, **(proxied if isinstance(proxied, dict) else {})}
     settings = resolve_settings(ServiceSettings, flags, os.environ, args.config_file, known)
     settings.check(flags)
+    if args.resume:
+        _check_resumed(settings, earlier)
+    state.title = _title(state.read().get("type") if state.is_running() else settings.type)
     if settings.port == 0 and args.port is None and type(earlier.get("port")) is int:
         settings = replace(settings, port=earlier["port"])  # "any free port" means the one that agents know by now
-    if earlier.get("has_api_key") and settings.api_key is None:
-        raise UsageError("the last service asked for an API key: give it again, in ROCK_MODEL_SERVICE_API_KEY")
-    if earlier.get("has_upstream_api_key") and settings.upstream_api_key is None:
-        raise UsageError("the last service had an upstream's key: give it in ROCK_MODEL_SERVICE_UPSTREAM_API_KEY")
     if settings.type == "local" and settings.proxy_base_url:
         complain("proxy_base_url is for --type proxy; this is the local type, whose calls a trainer answers")
     paths = DataPaths.of(data_dir, settings)
@@ -5592,21 +7467,93 @@ def command_start(args: argparse.Namespace) -> int:
         message = "cannot make %s: %s; give another --data-dir" % (error.filename, error.strerror)
         raise StorageError(message) from None
     if args.foreground:
-        return run_service(settings, paths, args.resume, args.ready_fd)
-    return start_in_background(paths, flags, args)
+        return run_service(state, args.ready_fd, _serving(settings, paths, args, state))
+    return _start_in_background(settings, paths, args, flags, state)
 
 
-def run_service(settings: ServiceSettings, paths: DataPaths, is_resumed: bool, ready_fd: int | None) -> int:
-    """Be the service until a signal ends it.  To `ready_fd`, where there is one, goes its state, or what went wrong."""
-    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-    signals = {number for number in signals if signal.getsignal(number) is not signal.SIG_IGN}
+def _check_resumed(settings, earlier):
+    """Refuse to go on without the keys that the last service had, or where there is nothing to go on with."""
+    if settings.type == "tool-node":
+        raise UsageError("--resume goes on with a session, which a tool node has not: start it anew")
+    if earlier.get("has_api_key") and settings.api_key is None:
+        raise UsageError("the last service asked for an API key: give it again, in ROCK_MODEL_SERVICE_API_KEY")
+    if earlier.get("has_upstream_api_key") and settings.upstream_api_key is None:
+        raise UsageError("the last service had an upstream's key: give it in ROCK_MODEL_SERVICE_UPSTREAM_API_KEY")
+
+
+def _serving(settings, paths, args, state):
+    """The service, for `run_service`."""
+
+    def open_server(earlier, logger, publish):
+        if settings.type == "tool-node":
+            return tool_server(settings, logger)
+        publish(watched=earlier.get("watched", {}) if args.resume else {})
+
+        def on_watch(watched):
+            publish(watched={str(pid): identity for pid, identity in watched.items()})
+
+        return ModelServer(settings, paths, logger, args.resume, earlier, on_watch)
+
+    published = {"log_file": paths.log_file, "settings": settings.to_resume()}
+    published["has_upstream_api_key"] = settings.upstream_api_key is not None
+    return serving(state, settings, published, open_server, paths.logging_file, is_loud=args.ready_fd is None)
+
+
+@contextlib.contextmanager
+def serving(state: ServiceState, settings, published: dict, open_server, logging_file: str, is_loud: bool):
+    """A service that runs and whose state says so; gives what is said of it, and its logger.
+
+    settings: has `type` and `api_key`.  published: what else its state says.  open_server: makes a Server of the state
+    that the last one left, the logger, and a function that publishes changes (keyword=value).  is_loud: log to standard
+    error, too.
+    """
+    earlier, pid = state.read(), os.getpid()
+    published = {"type": settings.type, "pid": pid, "identity": process_identity(pid), **published}
+    published["has_api_key"] = settings.api_key is not None
+
+    def publish(**changes):
+        published.update(changes)
+        state.write(published)
+
+    logger = open_logger(logging_file, is_loud)
+    publish()
+    try:
+        server = open_server(earlier, logger, publish)
+    except BaseException:
+        state.write(earlier)
+        raise
+    try:
+        publish(host=server.http.host, port=server.http.port)
+        server.start()
+        ready = server.ready
+        where = (settings.type, pid, server.http.host, server.http.port, ready["about"])
+        logger.info("started: %s, pid %d, %s:%d, %s", *where)
+        yield {**published, **ready}, logger
+    finally:
+        server.stop()
+        try:
+            state.write(stopped_state(published))
+        except StorageError as error:
+            logger.error("the next service will take this one for killed: %s", error)
+        logger.info("stopped")
+
+
+def run_service(state: ServiceState, ready_fd: int | None, service) -> int:
+    """Be the service of a data directory until a signal ends it; the exit code.
+
+    service: as from `serving`.  To `ready_fd`, where there is one, goes what is said of it, or what went wrong.
+    """
+    signals = {number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # in every thread, or one would die of it before sigwait
     raise_descriptor_limit()
-    state = ServiceState(paths.data_dir)
     try:
         state.acquire()
         try:
-            _serve_until_signal(settings, paths, is_resumed, ready_fd, state, signals)
+            with service as (said, logger):
+                if ready_fd is not None:
+                    _tell(ready_fd, dump_json(said))
+                number = signal.sigwait(signals)
+                logger.info("stopping: %s", signal.Signals(number).name)
         finally:
             state.release()
     except (RockError, OSError) as error:
@@ -5615,46 +7562,6 @@ def run_service(settings: ServiceSettings, paths: DataPaths, is_resumed: bool, r
         _tell(ready_fd, str(error))
         return EXIT_FAILED
     return 0
-
-
-def _serve_until_signal(settings, paths, is_resumed, ready_fd, state, signals):
-    earlier = state.read()
-    pid = os.getpid()
-    published = {"type": settings.type, "pid": pid, "identity": process_identity(pid), "log_file": paths.log_file}
-    published["has_api_key"] = settings.api_key is not None
-    published["has_upstream_api_key"] = settings.upstream_api_key is not None
-    published["settings"] = settings.to_resume()
-
-    def publish(**changes):
-        published.update(changes)
-        state.write(published)
-
-    def on_watch(watched):
-        publish(watched={str(pid): identity for pid, identity in watched.items()})
-
-    logger = open_logger(paths.logging_file, is_loud=ready_fd is None)
-    publish(watched=earlier.get("watched", {}) if is_resumed else {})
-    try:
-        server = ModelServer(settings, paths, logger, is_resumed, earlier, on_watch)
-    except BaseException:
-        state.write(earlier)
-        raise
-    try:
-        publish(host=server.http.host, port=server.http.port)
-        server.start()
-        about = server.service.about
-        logger.info("started: %s, pid %d, %s:%d, %s", settings.type, pid, server.http.host, server.http.port, about)
-        if ready_fd is not None:
-            _tell(ready_fd, dump_json({**published, "about": about, "session_ended": server.session.has_ended}))
-        number = signal.sigwait(signals)
-        logger.info("stopping: %s", signal.Signals(number).name)
-    finally:
-        server.stop()
-        try:
-            state.write(stopped_state(published))
-        except StorageError as error:
-            logger.error("the next service will take this one for killed: %s", error)
-        logger.info("stopped")
 
 
 def _tell(ready_fd, text):
@@ -5688,22 +7595,59 @@ def open_logger(path: str, is_loud: bool) -> object:
     return logger
 
 
-def start_in_background(paths: DataPaths, flags: dict, args: argparse.Namespace) -> int:
-    """Start a process of our own that is the service; return once it answers."""
-    state = ServiceState(paths.data_dir)
+def _start_in_background(settings, paths, args, flags, state):
+    words, secrets = passed_on(ServiceSettings, flags, paths.data_dir, args.config_file)
+    command = [*interpreter(), "-c", RUN_BYTECODE, os.path.abspath(__file__), "start", *words]
+    command += ["--resume"] if args.resume else []
+    seconds = TOOL_LOAD_SECONDS if settings.type == "tool-node" else START_SECONDS
+    running = start_in_background(state, command, secrets, paths.logging_file, own_bytecode, seconds)
+    if settings.type == "tool-node":
+        where = "http://%s" % host_and_port(running["host"], running["port"])
+    else:
+        where = base_url(running["host"], running["port"])
+    say("%s started: pid %d, %s, %s" % (state.title, running["pid"], where, running["about"]))
+    if settings.type == "tool-node" and settings.api_key is None and connect_host(running["host"]) != running["host"]:
+        complain("it listens on %s without a key: anyone on the network may call the tool" % running["host"])
+    if running.get("session_ended"):
+        complain("the resumed session has ended already; start without --resume to begin a new one")
+    return 0
+
+
+def given_settings(cls: type, args: argparse.Namespace) -> dict:
+    """What the command line says of each setting; None where it says nothing."""
+    return {spec.name: getattr(args, spec.name, None) for spec in fields(cls)}
+
+
+def passed_on(cls: type, flags: dict, data_dir: str, config_file: str | None) -> tuple[list, dict]:
+    """What `start` gives to the service in the background: arguments, and secrets as environment variables by name."""
+    words, secrets = ["--foreground", "--data-dir", data_dir], {}
+    for spec in fields(cls):
+        if flags[spec.name] is not None and spec.metadata["secret"]:
+            secrets[spec.metadata["env"]] = flags[spec.name]
+        elif flags[spec.name] is not None:
+            words += [spec.metadata["flag"], flags[spec.name]]
+    return words + (["--config-file", config_file] if config_file else []), secrets
+
+
+def start_in_background(
+    state: ServiceState, command: list, secrets: dict, logging_file: str, code=None, seconds: float | None = None
+) -> dict:
+    """Start a process of our own that is the service; what it says of itself, once it answers.
+
+    command: to which `--ready-fd` is added.  secrets: environment variables by name that it gets beside our own.
+    logging_file: where its output goes.  code: makes the bytes for its standard input.  seconds: how long it may take.
+    Raises RockError with the reason where it does not start.
+    """
     if state.is_running():
         raise RockError(state.running_message())
-    process, ready = _spawn_service(paths, flags, args)
+    process, ready = _spawn_service(state.title, command, secrets, logging_file)
     try:
-        _hand_over_bytecode(process.stdin)
-        import http.client  # noqa: F401  # needed below, and loaded while the service starts
-
-        said = _read_all(ready)
+        said = _first_words(process, ready, code, seconds or START_SECONDS)
         if not said.startswith("{"):
-            reason = said or "it ended at once; see %s" % paths.logging_file
-            raise RockError("the model service did not start: %s" % reason)
+            reason = said or "it ended at once; see %s" % logging_file
+            raise RockError("the %s did not start: %s" % (state.title, reason))
         running = parse_json(said)
-        call_service(running["host"], running["port"], "GET", "/health")
+        call_service(running["host"], running["port"], "GET", "/health", title=state.title)
     except BaseException:
         process.kill()
         process.wait()
@@ -5711,84 +7655,69 @@ def start_in_background(paths: DataPaths, flags: dict, args: argparse.Namespace)
     finally:
         os.close(ready)
     process.returncode = 0  # it is meant to outlive us: no warning that it does
-    url = base_url(running["host"], running["port"])
-    say("model service started: pid %d, %s, %s" % (running["pid"], url, running["about"]))
-    if running["session_ended"]:
-        complain("the resumed session has ended already; start without --resume to begin a new one")
-    return 0
+    return running
 
 
-_NO_START = "it did not answer within %d s" % START_SECONDS
-
-# The service is handed the bytecode of this file on its standard input.  Compiling it there would take as long as all
-# else that it does to start, and leave it with 10 MB that it never needs again.
-# It must not import from the working directory, which is the agent's.
-_RUN_BYTECODE = """import marshal, sys
-sys.path[:] = filter(None, sys.path)
-__file__ = sys.argv.pop(1)
-exec(marshal.load(sys.stdin.buffer))"""
-
-
-def _spawn_service(paths, flags, args):
+def _spawn_service(title, command, secrets, logging_file):
     """The process, and the descriptor on which it says its state, or why it has none."""
     import subprocess
 
-    isolation = ["-I"] * sys.flags.isolated + ["-S"] * sys.flags.no_site  # as we were started ourselves
-    command = [sys.executable, *isolation, "-c", _RUN_BYTECODE, os.path.abspath(__file__)]
-    command += ["start", "--foreground", "--data-dir", paths.data_dir]
-    for spec in fields(ServiceSettings):
-        if flags[spec.name] is not None and not spec.metadata["secret"]:
-            command += [spec.metadata["flag"], flags[spec.name]]
-    command += ["--config-file", args.config_file] if args.config_file else []
-    command += ["--resume"] if args.resume else []
-    environ = dict(os.environ, **({"ROCK_MODEL_SERVICE_API_KEY": args.api_key} if args.api_key else {}))
     ready, ready_fd = os.pipe()
     try:
-        with open(paths.logging_file, "ab") as log:
+        with open(logging_file, "ab") as log:
             process = subprocess.Popen(
                 command + ["--ready-fd", str(ready_fd)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=environ,
+                env=dict(os.environ, **secrets),
                 pass_fds=[ready_fd],
                 start_new_session=True,
             )
     except OSError as error:
         os.close(ready)
-        raise RockError("cannot start the model service: %s; give another --data-dir" % error) from None
+        raise RockError("cannot start the %s: %s; give another --data-dir" % (title, error)) from None
     finally:
         os.close(ready_fd)
     return process, ready
 
 
-def _hand_over_bytecode(pipe):
-    """Write this file's bytecode to the new process.  Raises RockError where it does not take it."""
-    import marshal
+def _first_words(process, ready, code, seconds):
+    """What a new service says of itself, or why it says nothing."""
+    try:
+        hand_over(process.stdin, code() if code else b"", seconds)
+    except RockError as error:
+        return str(error)
+    import http.client  # noqa: F401  # needed soon, and loaded while the service starts
+
+    return _read_all(ready, seconds)
+
+
+def hand_over(pipe, data: bytes, seconds: float) -> None:
+    """Write all of it to a new process, and close the pipe.  Raises RockError where it does not take it in time."""
     import select
 
-    code = marshal.dumps(__loader__.get_code(__loader__.name))  # run by -m, it is not called what we are
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + seconds
     poll = select.poll()
     poll.register(pipe, select.POLLOUT)
     os.set_blocking(pipe.fileno(), False)
     with contextlib.suppress(BrokenPipeError), pipe:  # it may have ended already, and says why elsewhere
-        while code:
+        while data:
             if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise RockError("the model service did not start: %s" % _NO_START)
-            code = code[os.write(pipe.fileno(), code[:READ_BLOCK_BYTES]) :]
+                raise RockError("it did not answer within %g s" % seconds)
+            data = data[os.write(pipe.fileno(), data[:READ_BLOCK_BYTES]) :]
 
 
-def _read_all(descriptor):
-    """What is written to a pipe until its other end closes, within START_SECONDS."""
+def _read_all(descriptor, seconds):
+    """What is written to a pipe until its other end closes, within so many seconds."""
     import select
 
-    said, deadline = b"", time.monotonic() + START_SECONDS
+    said, deadline = b"", time.monotonic() + seconds
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     while True:
         if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            return _NO_START
+            return "it did not answer within %g s" % seconds
         piece = os.read(descriptor, 4096)
         if not piece:
             return said.decode("utf-8", "replace")
@@ -5797,30 +7726,43 @@ def _read_all(descriptor):
 
 def command_stop(args: argparse.Namespace) -> int:
     """End what `start` began."""
-    data_dir = resolve_data_dir(args.data_dir, os.environ)
-    state = ServiceState(data_dir)
+    state = ServiceState(resolve_data_dir(args.data_dir, os.environ))
+    state.title = _title(state.read().get("type"))
+    return stop_service(state)
+
+
+def _title(kind):
+    return "tool node" if kind == "tool-node" else "model service"
+
+
+def stop_service(state: ServiceState, seconds: float = 2 * STOP_SECONDS) -> int:
+    """End a service that runs in the background, and wait for its end; the exit code.  Raises RockError.
+
+    seconds: how long it has before it is killed.
+    """
     if not state.is_running():
-        say("no model service runs in the data directory %s" % data_dir)
+        say("no %s runs in the data directory %s" % (state.title, state.data_dir))
         return 0
     pid = state.verified_pid(PROBE_SECONDS)
     if pid is None:
-        message = "the model service of %s is not a process of this machine; stop it where it runs"
-        raise RockError(message % data_dir)
-    for number, seconds in ((signal.SIGTERM, 2 * STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
+        message = "the %s of %s is not a process of this machine; stop it where it runs"
+        raise RockError(message % (state.title, state.data_dir))
+    for number, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, STOP_SECONDS)):
         identity = process_identity(pid)
         try:
             os.kill(pid, number)
         except ProcessLookupError:
             pass
         except PermissionError:
-            raise RockError("the model service (pid %d) belongs to another user, who can stop it" % pid) from None
-        deadline = time.monotonic() + seconds
+            message = "the %s (pid %d) belongs to another user, who can stop it"
+            raise RockError(message % (state.title, pid)) from None
+        deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             if identity is None or process_identity(pid) != identity:
-                say("model service stopped (pid %d)" % pid)
+                say("%s stopped (pid %d)" % (state.title, pid))
                 return 0
             time.sleep(0.01)
-    raise RockError("the model service (pid %d) does not end" % pid)
+    raise RockError("the %s (pid %d) does not end" % (state.title, pid))
 
 
 def command_watch_agent(args: argparse.Namespace) -> int:
@@ -6052,6 +7994,7 @@ exit codes: 0 shown (a torn last line, of a service that was killed, is passed o
   %(prog)s --host 127.0.0.1 --port 9000     for this machine only, elsewhere
   %(prog)s --resume                         go on with the last session, where it listened
   %(prog)s --foreground                     stay here and show each request; Ctrl-C ends it
+  %(prog)s --type tool-node --tool NAME --tool-file FILE        a tool of your own over HTTP
 
 Every setting can also be given in the environment or in --config-file; see the README's table.""",
     "watch-agent": """examples:
@@ -6070,15 +8013,18 @@ exit codes: 0 printed, 1 failed, 2 bad usage, 75 not yet (--timeout is over; the
 }
 
 
+def command_parser(prog: str, description: str, epilog: str) -> tuple:
+    """A parser of commands, and what `add_command` adds them to."""
+    parser = argparse.ArgumentParser(prog=prog, description=description, epilog=epilog)
+    parser.add_argument("--version", action="version", version="rock-model-service " + __version__)
+    return parser, parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="The ROCK model service: an agent's LLM calls, answered by a trainer or a model's server.",
-        epilog="Try '%(prog)s demo' first.  Each command has its own --help, with examples.",
-    )
-    parser.add_argument("--version", action="version", version="rock-model-service " + __version__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    description = "The ROCK model service: an agent's LLM calls, answered by a trainer or a model's server."
+    epilog = "Try '%(prog)s demo' first.  Each command has its own --help, with examples."
+    parser, commands = command_parser(prog, description, epilog)
     _add_start(_add_command(commands, "start", command_start, "start the service in the background"))
     _add_watch(_add_command(commands, "watch-agent", command_watch_agent, "end the session when a process ends"))
     _add_anti_call(_add_command(commands, "anti-call-llm", command_anti_call_llm, "answer, and wait for the next call"))
@@ -6088,12 +8034,13 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_command(commands, name, function, help, has_data_dir=True):
+def add_command(commands, name: str, function, help: str, examples: dict, has_data_dir=True) -> argparse.ArgumentParser:
+    """Add a command; its parser.  function: takes the arguments and returns the exit code.  examples: by command."""
     parser = commands.add_parser(
         name,
         help=help,
         description=function.__doc__,
-        epilog=_EXAMPLES.get(name),
+        epilog=examples.get(name),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -6104,18 +8051,28 @@ def _add_command(commands, name, function, help, has_data_dir=True):
     return parser
 
 
-def _add_start(parser):
-    for spec in fields(ServiceSettings):
+def _add_command(commands, name, function, help, has_data_dir=True):
+    return add_command(commands, name, function, help, _EXAMPLES, has_data_dir)
+
+
+def add_settings(parser: argparse.ArgumentParser, cls: type) -> None:
+    """Add the flags of a settings dataclass, and those that every `start` has."""
+    for spec in fields(cls):
         if spec.metadata["flag"]:
             metavar = _METAVARS.get(spec.metadata["parse"], "VALUE")
             parser.add_argument(spec.metadata["flag"], dest=spec.name, metavar=metavar, help=_setting_help(spec))
     parser.add_argument("--config-file", metavar="FILE", help="settings by name, in JSON or YAML")
-    parser.add_argument("--resume", action="store_true", help="continue the last session instead of a new one")
     parser.add_argument("--foreground", action="store_true", help="stay in the foreground")
     parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
 
 
-_METAVARS = {_as_url: "URL", _as_overrides: "JSON", _as_count: "N", as_seconds: "SECONDS", _as_wait: "SECONDS"}
+def _add_start(parser):
+    add_settings(parser, ServiceSettings)
+    parser.add_argument("--resume", action="store_true", help="continue the last session instead of a new one")
+
+
+_METAVARS = {as_url: "URL", _as_overrides: "JSON", as_object: "JSON", as_count: "N"}
+_METAVARS.update({as_seconds: "SECONDS", as_wait: "SECONDS"})
 
 
 def _setting_help(spec):
@@ -6174,16 +8131,21 @@ def main(argv: list | None = None) -> int:
     prog = os.path.basename(sys.argv[0] or "rock-ms")
     if words[:1] == ["model-service"]:  # as ROCK spells it: rock model-service start
         prog, words = prog + " model-service", words[1:]
-    args, unknown = build_parser(prog).parse_known_args(words)
+    return run_command(build_parser(prog), words)
+
+
+def run_command(parser: argparse.ArgumentParser, words: list, who: str = "rock-ms") -> int:
+    """Run one command of a parser; its exit code.  who: the program whose errors they are."""
+    args, unknown = parser.parse_known_args(words)
     if unknown:
         args.parser.error("unrecognized arguments: %s" % " ".join(unknown))
     try:
         return args.function(args)
     except RockError as error:
-        complain(str(error))
+        complain(str(error), who)
         return error.exit_code
     except OSError as error:  # as of an output that nobody reads any more, or of a file of another user
-        complain(str(error))
+        complain(str(error), who)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would try to write what is left, and fail
         return EXIT_FAILED
     except KeyboardInterrupt:

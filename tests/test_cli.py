@@ -277,7 +277,7 @@ def test_start_on_a_taken_port_says_why_and_leaves_nothing(cli):
 def test_stop_does_not_signal_a_process_that_is_not_the_service(cli):
     start(cli)
     with agent_process() as bystander:
-        path = os.path.join(cli.data_dir, rock_ms.STATE_FILE_NAME)
+        path = os.path.join(cli.data_dir, rock_ms.STATE_NAME + ".json")
         original = state(cli)
         with open(path, "w") as file:
             json.dump({**original, "pid": bystander.pid}, file)
@@ -387,7 +387,7 @@ BAD_USE = [
     (["anti-call-llm", "--index=1", "--response-file", "/"], 2, "cannot read the response file /"),
     (["anti-call-llm", "--index=0", "--timeout=-1"], 2, "number of seconds"),
     (["anti-call-llm", "--index=0", "--timeout=0"], 75, "repeat the call"),
-    (["start", "--type", "remote"], 2, "--type: must be local or proxy, got 'remote'"),
+    (["start", "--type", "remote"], 2, "--type: must be local, proxy or tool-node, got 'remote'"),
     (["start", "--replay-file", "r.jsonl"], 2, "replay_file is for --type proxy"),
     (["start", "--proxy-base-url", "http://h/v1"], 2, "--proxy-base-url is for --type proxy"),
     (["start", "--type", "proxy", "--recording-file", "a", "--replay-file", "b"], 2, "exclude each other"),
@@ -508,12 +508,12 @@ def test_rocks_own_spelling_is_understood(tmp_path):
 
 
 @pytest.mark.everywhere
-@pytest.mark.parametrize("name", ["rock", "rock-ms"])
-def test_installed_command_is_the_same_program(name):
+@pytest.mark.parametrize("name, words", [("rock", ["model-service"]), ("rock-ms", ["model-service"])])
+def test_installed_command_is_the_same_program(name, words):
     command = os.path.join(sysconfig.get_path("scripts"), name)
     if not os.path.exists(command):
         pytest.skip("the distribution is not installed here; tox installs it")
-    done = subprocess.run([command, "model-service", "--version"], stdout=subprocess.PIPE, timeout=TIMEOUT)
+    done = subprocess.run([command, *words, "--version"], stdout=subprocess.PIPE, timeout=TIMEOUT)
     assert done.stdout.decode() == "rock-model-service %s\n" % rock_ms.__version__
 
 
@@ -546,3 +546,20 @@ def test_demo_runs_in_an_image_that_has_only_python_as_an_ordinary_user():
         assert done.stdout.decode().splitlines()[-1] == "SESSION_END"
     finally:
         subprocess.check_call(["docker", "rm", "-f", container], stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(("error", "code"), [(rock_ms.UsageError("no"), 2), (BrokenPipeError("no"), 1)])
+def test_errors_of_another_program_begin_with_its_name(capsys, error, code):
+    def fail(_):
+        raise error
+
+    parser = rock_ms.argparse.ArgumentParser()
+    parser.set_defaults(function=fail)
+    kept = os.dup(1)
+    try:
+        assert rock_ms.run_command(parser, [], "another") == code
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+    rock_ms.complain("as well", "another")
+    assert capsys.readouterr().err == "another: no\nanother: as well\n"

@@ -172,7 +172,7 @@ def test_start_imports_nothing_from_the_working_directory(cli, tmp_path, upstrea
         path.write_text("open(%r, 'a').write(__name__ + ' ')\nraise ImportError('a trap')\n" % str(sprung))
     where = ["--host", "127.0.0.1", "--port", "0", "--type", "proxy", "--proxy-base-url", upstream.url]
     cli("start", *where, check=0, cwd=str(cwd))
-    state = json.loads((tmp_path / "data" / rock_ms.STATE_FILE_NAME).read_text())
+    state = json.loads((tmp_path / "data" / (rock_ms.STATE_NAME + ".json")).read_text())
     upstream.script([answer({}, status=429, headers={"Retry-After": "0"})], answer(latin(b"{}")))
     got = ask(state["port"], chat(), headers={"Accept-Encoding": "gzip"})
     assert (got.status, got.json(), sprung.exists()) == (200, {}, False)

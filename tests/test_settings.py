@@ -39,11 +39,16 @@ GOOD = {
     "retry_delay_seconds": ("0.5", 0.5, 3, 3.0),
     "replay_file": ("r.jsonl", "r.jsonl", "/s.jsonl", "/s.jsonl"),
     "replay_match": ("request", "request", "order", "order"),
+    "tool": ("amap_weather", "amap_weather", "x", "x"),
+    "tool_file": ("t.py", "t.py", "/t.py", "/t.py"),
+    "tool_cfg": ('{"a": 1}', {"a": 1}, {"b": [2]}, {"b": [2]}),
+    "tool_env": (None, None, {"AMAP_TOKEN": "x"}, {"AMAP_TOKEN": "x"}),
+    "tool_workers": ("1", 1, 9, 9),
 }
 
 # For each setting: the rule that its errors state, bad texts, and what else is bad in a config file.
 BAD = {
-    "type": ("must be local or proxy", ["remote", "Local", " local"], [1, True, []]),
+    "type": ("must be local, proxy or tool-node", ["remote", "Local", " local"], [1, True, []]),
     "host": ("must be a text that is not empty", [""], [1, False, ["h"], {}]),
     "port": (
         "must be a whole number from 0 to 65535 (0: any free port)",
@@ -112,6 +117,11 @@ BAD = {
     "retry_delay_seconds": ("must be a number of seconds above 0", ["0", "-1", "x"], [0, False, []]),
     "replay_file": ("must be a text that is not empty", [""], [1, []]),
     "replay_match": ("must be order or request", ["", "Order", "both"], [1, True, []]),
+    "tool": ("must be a text that is not empty", [""], [1, False, ["t"], {}]),
+    "tool_file": ("must be a text that is not empty", [""], [1, False, ["t"], {}]),
+    "tool_cfg": ("must be a JSON object", ["", "x", "[]", "1", '{"a": NaN}'], [1, [], "x", True]),
+    "tool_env": ("must be a mapping of names to texts", [], [1, [], "x", {"A": 1}, {"A B": "x"}, {"A": "\0"}]),
+    "tool_workers": ("must be a whole number above 0", ["0", "-1", "1.5", "", "9" * 7], [0, True, 1.0, []]),
 }
 
 
@@ -239,7 +249,7 @@ def test_bad_value_is_refused_with_its_source_the_rule_and_the_value(tmp_path, n
 
 
 def test_proxy_type_is_refused_as_not_in_this_version():
-    assert refusal({"type": "remote"}).startswith("--type: must be local or proxy")
+    assert refusal({"type": "remote"}).startswith("--type: must be local, proxy or tool-node")
 
 
 def test_bad_url_among_the_proxy_rules_is_refused(tmp_path):
