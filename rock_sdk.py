@@ -2,30 +2,41 @@
 
 A trainer runs on one machine, its agents in sandboxes: directories of this machine, containers, or a ROCK cluster.
 This module puts `rock_ms.py` into a sandbox, starts it there, runs an agent against it, and brings every LLM call of
-that agent to the trainer's policy and the answer back.
+that agent to the trainer's policy and the answer back.  It also has the tool manager, a server that runs tools for
+agents, in containers.
 
     async with LocalSandbox() as sandbox:
         agent = RockAgent(sandbox)
         await agent.install({"run_cmd": "my-agent ${prompt}", "model_service_config": {"enabled": True}})
         result = await agent.run("Fix the failing test", policy)    # policy: an OpenAI request -> a completion
 
+    python3 rock_sdk.py start --type tool-manager
+    ToolServiceProxy("RenewInstance").call({"instance_id": "123", "period": "1"})
+
 It needs Python 3.7 or newer on a POSIX system, `rock_ms.py` beside it, and nothing else.  A sandbox needs a POSIX
 shell and a Python 3.7 or newer.  It is read from top to bottom; each section uses only what stands above it:
 
-    Names and limits . Errors . Configuration . Processes . Sandboxes . Commands in a sandbox . Model service . Agents
+    Names and limits . Errors . Configuration . OpenAPI documents . Processes . Sandboxes . Commands in a sandbox
+    . Model service . Agents . Tool nodes . Tool registry . Calls . Tool manager . Tool service . Tool clients
+    . Command line
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import http.client
 import inspect
+import io
+import json
 import logging
 import os
 import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -34,10 +45,11 @@ import threading
 import time
 import uuid
 import zlib
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import partial
 
 import rock_ms
-from rock_ms import EXIT_NOT_YET, SESSION_END_MARKER, NotYet, RockError, UsageError
+from rock_ms import EXIT_NOT_YET, SESSION_END_MARKER, ApiError, NotYet, RockError, StorageError, UsageError, setting
 
 # ======================================================================================================================
 # Names and limits: what is found in a sandbox under which name, and every bound, with its reason.
@@ -78,6 +90,40 @@ MAX_OUTPUT_BYTES = 2 * rock_ms.MAX_BODY_BYTES  # of a command's output, its end;
 MAX_ENV_FILE_BYTES = 60_000  # of a value: a line of docker's --env-file has 64 KiB at most
 MAX_JOB_OUTPUT_BYTES = 8 * 1024 * 1024  # of what an agent or an installation says, its end
 MAX_SAID_CHARACTERS = 2000  # of what a failed command said: its end, in an error message
+DEFAULT_MANAGER_URL = "http://localhost:31511"  # of a tool manager; modelscope-agent's own
+REGISTRY_NAME = "tools.sqlite3"
+TOOL_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z"  # of a tool, a tenant, a document: fit for a path and a command
+ORIGINAL_IMAGE = "modelscope-agent/tool-node"  # of the original, which cannot be had
+NODE_ID = r"[0-9a-f]{32}\Z"
+NODE_VARIABLE = "ROCK_TOOL_NODE"  # in the environment of every process of a node: how they are found
+NODE_LABEL = "rock-tool-manager"  # of every container: docker ps -a --filter label=rock-tool-manager
+NODE_PREFIX = "rock-tool-"  # of every container's name
+NODE_PORT = 8080  # in its container
+NODE_CONFINEMENT = ("--cap-drop=ALL", "--security-opt=no-new-privileges")
+NODE_CONFINEMENT += ("--log-driver=json-file", "--log-opt=max-size=1m")  # or a tool that talks fills the disk
+KEPT_VARIABLES = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV")
+KEPT_VARIABLES += ("LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+KEPT_VARIABLES += ("http_proxy", "https_proxy", "no_proxy")
+REGISTRY_SECONDS = 2.0  # for another program to let go of the registry
+NODE_START_SECONDS = rock_ms.TOOL_LOAD_SECONDS + 30.0  # for a node to answer, once its process is there
+ANSWER_SECONDS = 2.0  # for a node to say that it is there
+LOOK_SECONDS = 0.5  # how often a command that runs, or a node that does not answer yet, is looked at
+MAX_PAUSE_SECONDS = 0.5  # between two questions to a node that is being started
+PARALLEL_STARTS = 4  # nodes that are begun at once: more would only wait for the same processors
+PARALLEL_LOOKS = 8  # nodes that are asked at once how they are
+SWEEP_SECONDS = 60.0  # between two looks at all nodes, and at what may be left of ended ones
+PORT_ATTEMPTS = 10  # at a start, if other programs take the ports
+LAST_LINES = 20  # of what a node said before it ended
+MAX_ANSWER_BYTES = rock_ms.MAX_TOOL_OUTPUT_BYTES + 1024 * 1024  # of a node, or of an operation's server
+MAX_DOCUMENTS = 100  # of a tenant
+UNWANTED = "it is not wanted any more"
+PROGRAM = "rock-agent-servers"
+STOPPED = "the tool manager was stopped; create it again"
+MAX_OPERATIONS = 1000  # of an OpenAPI document
+MAX_SERVERS = 100  # in one list of it, each of which a URL is compared with for each operation
+MAX_DOCUMENT_DEPTH = 100  # of its values, and of those that it is called with: far below what recursion can take
+MAX_DOCUMENT_STEPS = 300_000  # from value to value while it is read, which references can make any number of
+MAX_SCHEMA_CHARACTERS = 8_000_000  # of the JSON of its operations' schemas, each with all that it refers to
 TIMED_OUT, KILLED = 124, 137  # exit codes, as of timeout(1) and of a shell whose command got SIGKILL
 
 logger = logging.getLogger("rock_sdk")
@@ -425,6 +471,969 @@ class RockAgentConfig(Config):
 
 
 # ======================================================================================================================
+# OpenAPI documents: what the services of others offer, and the request that calls one of their operations. Nothing is
+# sent here. A document is a stranger's, and so is what it is called with: a value never leaves its place in a request,
+# and a request goes to a server that the document names. What is wrong is a ValueError, which names the place in the
+# document, as a JSON pointer, or the argument.
+# ======================================================================================================================
+
+_METHODS = ("get", "put", "post", "delete", "options", "head", "patch", "trace")
+_STYLES = {  # by the place of a parameter; the first is the default
+    "path": ("simple", "label", "matrix"),
+    "query": ("form", "spaceDelimited", "pipeDelimited", "deepObject"),
+    "header": ("simple",),
+    "cookie": ("form",),
+}
+_COLLECTIONS = {"csv": None, "multi": None, "ssv": "spaceDelimited", "tsv": "tabDelimited", "pipes": "pipeDelimited"}
+_SEPARATORS = {"spaceDelimited": " ", "tabDelimited": "\t", "pipeDelimited": "|"}  # where it is no comma
+_FORM = "application/x-www-form-urlencoded"
+_KINDS = {"*/*": "json", _FORM: "form", "text/plain": "text"}  # beside JSON's own
+# What is kept of a schema.  A `pattern` is not: a stranger's can take for ever, and the service checks it anyway.
+_PLAIN_KEYWORDS = ("type", "enum", "const", "default", "title", "description", "format", "nullable", "uniqueItems")
+_PLAIN_KEYWORDS += ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength")
+_PLAIN_KEYWORDS += ("maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
+_SCHEMA_KEYWORDS = ("items", "additionalProperties", "not", "allOf", "anyOf", "oneOf", "prefixItems")
+_SENT_OTHERWISE = ("host", "content-length", "content-encoding", "expect")  # headers, beside those end_to_end drops
+_NO_PARAMETERS = ("content-type", "cookie", "accept", "authorization")  # of headers; the last two since OpenAPI 3
+_HEADER_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+\Z")
+_HEADER_VALUE = re.compile(r"[ -~\xa0-\xff]*\Z")
+_COOKIE_VALUE = re.compile(r"[!#-+\--:<-\[\]-~]*\Z")
+_MEDIA_TYPE = re.compile(r"[\w.+*-]+/[\w.+*-]+ *(?:;[ -~]*)?\Z", re.ASCII)
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,99})(?:\.[0-9]{1,99})?(?:[eE][+-]?[0-9]{1,2})?\Z")
+_URL = re.compile(r"([Hh][Tt][Tt][Pp][Ss]?)://([^/?#]*)([^?#]*)(?:\?([^#]*))?\Z")
+_AUTHORITY = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?\Z")
+_UNSAFE_IN_PATH = re.compile(r"[\x00-\x1f\x7f\\]|%(?:2[Ff]|5[Cc]|[01].|7[Ff]|(?![0-9A-Fa-f]{2}))")
+
+
+@dataclass(frozen=True)
+class HTTPCall:
+    """A request to be sent.  url: absolute, percent-encoded.  headers: (name, value) pairs, those of framing aside."""
+
+    method: str
+    url: str
+    headers: tuple
+    body: bytes
+
+
+@dataclass(frozen=True)
+class OpenAPIParameter:
+    """A value's place in a request.
+
+    argument: its name among an operation's arguments, which is `name`, with `place` and a dot before it where another
+    one has that.  place: path, query, header or cookie.  style, explode: how what has parts is written, as in OpenAPI.
+    is_json: it is written as JSON.
+    """
+
+    argument: str
+    name: str
+    place: str
+    style: str = "form"
+    explode: bool = True
+    allow_reserved: bool = False
+    is_json: bool = False
+    is_required: bool = False
+    schema: object = None
+
+
+@dataclass(frozen=True)
+class OpenAPIBody:
+    """What an operation takes as its body.
+
+    media_types: all that it takes, none for no body.  media_type: the one that is sent, None where none of them can be
+    written here.  fields: how members of a form are written, where the document says so.  argument: its name among an
+    operation's arguments.  members: of an object, each an argument too: their names by those arguments; None of what is
+    no object.  needed: the members that it cannot be without.
+    """
+
+    media_types: tuple = ()
+    media_type: str | None = None
+    schema: object = None
+    is_required: bool = False
+    fields: dict | None = None
+    argument: str = "body"
+    members: dict | None = None
+    needed: tuple = ()
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of a document.
+
+    parts: of its path, texts and names of parameters by turns.  pattern: of the paths that are its.  servers: base
+    URLs, of which the first is called.  schema: a JSON Schema of its arguments.
+    """
+
+    id: str
+    method: str
+    path: str
+    parts: tuple
+    pattern: object
+    servers: tuple
+    description: str
+    parameters: tuple
+    body: OpenAPIBody
+    schema: dict
+
+    def named(self, place: str) -> dict:
+        """The parameters in a place, by name; that of a header in lower case."""
+        fold = str.lower if place == "header" else str
+        return {fold(one.name): one for one in self.parameters if one.place == place}
+
+
+class OpenAPIDocument:
+    """A service by its OpenAPI 3.0 or 3.1 or Swagger 2.0 document, which is given as parsed JSON.
+
+    operations: by id.  One that has none is `GET_todos_username` for GET /todos/{username}, with a number behind it
+    where another has that name.  servers: all base URLs that requests can go to.  Raises ValueError.
+    """
+
+    def __init__(self, document: dict):
+        self.operations, servers = _Reader(document).read()
+        of_all = [server for one in self.operations.values() for server in one.servers]
+        self.servers = tuple(dict.fromkeys([*servers, *of_all]))
+
+    def call(
+        self,
+        operation_id: str,
+        arguments: dict,
+        body: object = None,
+        headers: dict | None = None,
+        cookies: dict | None = None,
+    ) -> HTTPCall:
+        """The request that calls an operation.
+
+        arguments: parameters by name, and members of a JSON body or a form, unless `body` is given as a whole.
+        headers, cookies: dicts of those beside the parameters; an empty one is not sent.  Raises ValueError.
+        """
+        operation = self.operations.get(operation_id) if isinstance(operation_id, str) else None
+        if operation is None:
+            raise ValueError("no operation %r%s" % (operation_id, _hint(operation_id, self.operations)))
+        return _request(operation, operation.servers[0], _object(arguments, "arguments"), body, headers, cookies)
+
+    def call_of_url(
+        self, method: str, url: str, query: dict, headers: dict, cookies: dict, body: object
+    ) -> HTTPCall | None:
+        """As `call`, by a method and a URL that has all its parameters; None where this is no operation of here.
+
+        As modelscope-agent's client calls: it gives "" for a value that it does not have, {} for no body, and
+        `{"a.b": 1}` for a body of `{"a": {"b": 1}}`.  Raises ValueError.
+        """
+        url, text = _normal_url(url)
+        same = [one for one in self.operations.values() if one.method == str(method).upper()]
+        for operation in sorted(same, key=_concreteness):
+            for server in operation.servers:
+                arguments = _path_arguments(operation, server, url)
+                if arguments is not None:
+                    _take(operation, "query", _query_of(operation, text), arguments)
+                    _take(operation, "query", query, arguments)
+                    body = _client_body(operation.body, body)
+                    return _request(operation, server, arguments, body, headers, cookies)
+        return None
+
+
+def describe(document: OpenAPIDocument) -> list:
+    """`{"name", "description", "parameters": JSON Schema}` of each operation that can be called."""
+    able = [one for one in document.operations.values() if one.body.media_type or not one.body.is_required]
+    return [{"name": one.id, "description": one.description, "parameters": one.schema} for one in able]
+
+
+class _Node:
+    """A value in a document, which knows the way there.  at: to go on from there."""
+
+    def __init__(self, value, parent=None, key=None):
+        self.value = value
+        self.parent = parent
+        self.key = key
+        self.root = parent.root if parent else self
+        self.steps = 0  # of the root: how many have been made
+
+    def refusal(self, why):
+        """A ValueError that names the place, as a JSON pointer."""
+        node, steps = self, []
+        while node.parent:
+            steps.insert(0, "/" + str(node.key).replace("~", "~0").replace("/", "~1"))
+            node = node.parent
+        return ValueError("#%s: %s" % ("".join(steps), why))
+
+    def of_type(self, kind):
+        if not isinstance(self.value, kind):
+            wanted, got = rock_ms.json_type(kind()), rock_ms.json_type(self.value)
+            raise self.refusal("must be %s, got %s" % (wanted, got))
+        return self
+
+    def at(self, key):
+        self.root.steps += 1
+        if self.root.steps > MAX_DOCUMENT_STEPS:
+            raise self.root.refusal("is too large to be read, with all that it refers to")
+        return _Node(self.value[key], self, key)
+
+    def get(self, key, kind, default=None):
+        """The value of a member; the default where it is missing or null."""
+        value = self.value.get(key)
+        if value is None or isinstance(value, kind):
+            return default if value is None else value
+        return self.at(key).of_type(kind)
+
+    def items(self, key, kind):
+        """(name or index, node) of each part of a member."""
+        if self.value.get(key) is None:
+            return []
+        node = self.at(key).of_type(kind)
+        return [(part, node.at(part)) for part in (node.value if kind is dict else range(len(node.value)))]
+
+    def followed(self):
+        """The object that it is, or refers to."""
+        node, seen = self.of_type(dict), set()
+        while "$ref" in node.value:
+            if id(node.value) in seen:
+                raise self.refusal("$ref leads back to itself")
+            seen.add(id(node.value))
+            node = node.referred().of_type(dict)
+        return node
+
+    def referred(self):
+        """What its $ref points at."""
+        from urllib.parse import unquote
+
+        pointer = self.get("$ref", str, "")
+        if not pointer.startswith("#/"):
+            raise self.refusal("$ref must begin with #/, as no other document is read, got %r" % pointer)
+        node = self.root
+        for step in unquote(pointer[2:]).split("/"):
+            step = step.replace("~1", "/").replace("~0", "~")
+            parts = node.value if isinstance(node.value, dict) else {}
+            if isinstance(node.value, list) and re.match(r"[0-9]{1,6}\Z", step):
+                step, parts = int(step), range(len(node.value))
+            if step not in parts:
+                raise self.refusal("$ref points at nothing in the document: %r" % pointer)
+            node = node.at(step)
+        return node
+
+
+class _Schemas:
+    """The schemas of a document as JSON Schemas, whose references, circles included, lead to `$defs`."""
+
+    def __init__(self):
+        self._names = {}  # of definitions, by the ids of their values in the document
+        self._numbers = {}  # how many definitions would have a name
+        self._definitions = {}
+        self._uses = {}  # by the name of a definition
+        self._waiting = []
+
+    def read(self, node, uses):
+        """A schema, not checked.  The names of the definitions that it refers to are added to `uses`, as keys."""
+        schema = self._read(node, uses)
+        while self._waiting:
+            name, target = self._waiting.pop()
+            self._uses[name] = {}
+            self._definitions[name] = self._read(target, self._uses[name])
+        return schema
+
+    def definitions(self, uses):
+        """All that is referred to, and referred to from there, by name."""
+        needed, waiting = {}, list(uses)
+        while waiting:
+            name = waiting.pop()
+            if name not in needed:
+                needed[name] = self._definitions[name]
+                waiting += self._uses[name]
+        return needed
+
+    def _read(self, node, uses):
+        if isinstance(node.value, bool):
+            return node.value
+        schema = {}
+        for key, value in node.of_type(dict).value.items():
+            if key in _PLAIN_KEYWORDS and value is not None:
+                schema[key] = value
+            elif key in _SCHEMA_KEYWORDS and isinstance(value, list):
+                schema[key] = [self._read(part, uses) for _, part in node.items(key, list)]
+            elif key in _SCHEMA_KEYWORDS and value is not None:
+                schema[key] = self._read(node.at(key), uses)
+            elif key == "properties":
+                schema[key] = {name: self._read(part, uses) for name, part in node.items(key, dict)}
+            elif key == "$ref":
+                schema[key] = self._reference(node.referred(), uses)
+            elif key == "required" and not isinstance(value, bool):  # a boolean is a parameter's, and says nothing here
+                schema[key] = [name for name in node.get(key, list, []) if not _is_read_only(node, name)]
+        return schema
+
+    def _reference(self, target, uses):
+        place = id(target.value)
+        if place not in self._names:
+            name = re.sub(r"[^A-Za-z0-9]+", "-", str(target.key))
+            self._numbers[name] = number = self._numbers.get(name, 0) + 1
+            self._names[place] = "%s_%d" % (name, number) if number > 1 else name
+            self._waiting.append((self._names[place], target))
+        uses[self._names[place]] = True
+        return "#/$defs/" + self._names[place]
+
+
+def _is_read_only(node, name):
+    """Whether a property comes in answers only."""
+    one = node.get("properties", dict, {}).get(name) if isinstance(name, str) else None
+    return isinstance(one, dict) and one.get("readOnly") is True
+
+
+class _Reader:
+    """Reads a document's operations.  What Swagger 2.0 has is put into the shape of OpenAPI 3 first."""
+
+    def __init__(self, document):
+        _check_depth(document, "#")
+        self._root = _Node(document).of_type(dict)
+        self._is_swagger = self._root.value.get("swagger") in ("2.0", 2.0)
+        if not self._is_swagger and not re.match(r"3\.[01](?:\.|\Z)", self._root.get("openapi", str, "")):
+            raise self._root.refusal("is neither an OpenAPI 3.0 or 3.1 document nor one of Swagger 2.0")
+        self._places = ("path", "query", "header", "body", "formData") if self._is_swagger else tuple(_STYLES)
+        self._schemas = _Schemas()
+        self._characters = 0
+
+    def read(self):
+        """(operations by id, base URLs of the document as a whole)"""
+        servers = self._swagger_servers() if self._is_swagger else self._servers(self._root)
+        if self._root.get("paths", dict) is None:
+            raise self._root.refusal("has no paths")
+        entries = []
+        for path, item in self._root.items("paths", dict):
+            if not path.startswith("x-"):
+                item = item.followed()
+                methods = [method for method in _METHODS if item.value.get(method) is not None]
+                entries += [(method, path, item, item.at(method).of_type(dict)) for method in methods]
+        if len(entries) > MAX_OPERATIONS:
+            raise self._root.refusal("has %d operations; %d are the most" % (len(entries), MAX_OPERATIONS))
+        if not entries and not servers:
+            raise self._root.refusal("has no servers: the absolute http(s) URL of one is needed")
+        return {name: self._operation(name, *entry, servers) for name, entry in self._named(entries).items()}, servers
+
+    @staticmethod
+    def _named(entries):
+        """The entries by their operations' ids."""
+        named = {}
+        for entry in entries:
+            name = entry[-1].get("operationId", str)
+            if name in named or name == "":
+                raise entry[-1].at("operationId").refusal("must be a name that no other operation has, got %r" % name)
+            named.update({name: entry} if name else {})
+        for entry in entries:
+            if entry[-1].value.get("operationId") is None:
+                made = "%s_%s" % (entry[0].upper(), re.sub("[^A-Za-z0-9]+", "_", entry[1]).strip("_"))
+                name, number = made, 1
+                while name in named:
+                    number += 1
+                    name = "%s_%d" % (made, number)
+                named[name] = entry
+        return named
+
+    def _servers(self, node):
+        servers = node.items("servers", list)
+        if len(servers) > MAX_SERVERS:
+            raise node.refusal("has %d servers; %d are the most" % (len(servers), MAX_SERVERS))
+        return tuple(self._server(server.of_type(dict)) for _, server in servers)
+
+    @staticmethod
+    def _server(node):
+        def default(match):
+            variable = node.get("variables", dict, {}).get(match.group(1))
+            if not isinstance(variable, dict) or not isinstance(variable.get("default"), str):
+                raise node.refusal("the variable %r has no default" % match.group(1))
+            return variable["default"]
+
+        return _base_url(node, re.sub(r"\{([^{}]*)\}", default, node.get("url", str, "")))
+
+    def _swagger_servers(self):
+        host, path = self._root.get("host", str, ""), self._root.get("basePath", str, "")
+        schemes = self._root.get("schemes", list) or ["https"]
+        schemes = [scheme for scheme in ("https", "http") if host and scheme in schemes]
+        return tuple(_base_url(self._root, "%s://%s%s" % (scheme, host, path)) for scheme in schemes)
+
+    def _operation(self, name, method, path, item, node, servers):
+        servers = self._servers(node) or self._servers(item) or servers
+        if not servers:
+            raise node.refusal("has no servers: the absolute http(s) URL of one is needed")
+        uses, taken = {}, set()
+        nodes = self._parameter_nodes(item, node)
+        parameters = tuple(self._parameter(one, *key, taken, uses) for key, one in nodes.items() if key[0] in _STYLES)
+        parts = _path_parts(node, path)
+        if sorted(parts[1::2]) != sorted(one.name for one in parameters if one.place == "path"):
+            raise node.refusal("the parameters in path are not those of %s" % path)
+        body = self._body(self._swagger_body(node, nodes) if self._is_swagger else node, uses)
+        body = replace(body, argument=_argument("body", "body", taken))
+        definitions = self._schemas.definitions(uses)
+        schema = _whole_schema(parameters, body, definitions)
+        said = node.get("description", str) or node.get("summary", str, "")
+        self._characters += len(rock_ms.dump_json(schema)) + len(said)
+        if self._characters > MAX_SCHEMA_CHARACTERS:
+            raise node.refusal("with this one, the schemas have more than %d characters" % MAX_SCHEMA_CHARACTERS)
+        _check_schema(node, schema)
+        body, schema = _with_members(body, schema, taken)
+        pattern = _path_pattern(parts)
+        return Operation(name, method.upper(), path, parts, pattern, servers, said, parameters, body, schema)
+
+    def _parameter_nodes(self, *owners):
+        """Nodes by place and name, ordered by place; those of an operation override those of its path."""
+        found = {}
+        for owner in owners:
+            for _, node in owner.items("parameters", list):
+                node = node.followed()
+                place, name = node.get("in", str), node.get("name", str)
+                if not name or place not in self._places:
+                    raise node.refusal("needs a name, and an `in` that is %s" % " or ".join(self._places))
+                left_out = _NO_PARAMETERS[:2] if self._is_swagger else _NO_PARAMETERS
+                if place != "header" or not (name.lower() in left_out or _is_framing(name)):
+                    found[place, name] = self._with_schema(node) if self._is_swagger else node
+        return {key: found[key] for key in sorted(found, key=lambda key: self._places.index(key[0]))}
+
+    @staticmethod
+    def _with_schema(node):
+        """A parameter of Swagger 2.0 as one of OpenAPI 3."""
+        how, place = node.get("collectionFormat", str, "csv"), node.value["in"]
+        is_form = place in ("query", "formData")
+        if how not in _COLLECTIONS or (how == "multi" and not is_form):
+            raise node.at("collectionFormat").refusal("%r is none that can be used here" % how)
+        style = _COLLECTIONS[how] or ("form" if is_form else "simple")
+        schema = node.value.get("schema") if place == "body" else node.value
+        value = {**node.value, "style": style, "explode": how == "multi", "schema": schema, "content": None}
+        return _Node(value, node.parent, node.key)
+
+    def _parameter(self, node, place, name, taken, uses):
+        if place == "header" and not _HEADER_NAME.match(name):
+            raise node.refusal("%r is no name of a header" % name)
+        content = node.items("content", dict)
+        if content and (len(content) > 1 or _kind_of(content[0][0]) != "json"):
+            raise node.at("content").refusal("a parameter's content can be JSON only")
+        schema = self._schema(content[0][1].of_type(dict) if content else node, uses)
+        if isinstance(schema, dict) and node.get("description", str):
+            schema = {"description": node.value["description"], **schema}
+        is_required = node.get("required", bool, False) or place == "path"
+        written = (*self._written(node, place), bool(content))
+        return OpenAPIParameter(_argument(name, place, taken), name, place, *written, is_required, schema)
+
+    def _written(self, node, place):
+        """(style, explode, allow_reserved)"""
+        style = node.get("style", str, _STYLES[place][0])
+        if style not in _STYLES[place] and not self._is_swagger:
+            raise node.at("style").refusal("must be %s, got %r" % (" or ".join(_STYLES[place]), style))
+        return style, node.get("explode", bool, style == "form"), node.get("allowReserved", bool, False)
+
+    def _schema(self, node, uses):
+        if node.value.get("schema") is None:
+            return {}
+        node = node.at("schema")
+        return self._schemas.read(node if isinstance(node.value, bool) else node.followed(), uses)
+
+    def _swagger_body(self, node, nodes):
+        """An operation of Swagger 2.0 with its body as OpenAPI 3 has it."""
+        consumes = node.items("consumes", list) or self._root.items("consumes", list)
+        consumes = [one.of_type(str).value for _, one in consumes]
+        wholes = [one.value for (place, _), one in nodes.items() if place == "body"]
+        fields = {name: one.value for (place, name), one in nodes.items() if place == "formData"}
+        needed = [name for name, one in fields.items() if one.get("required") is True]
+        media = {"schema": {"type": "object", "properties": fields, "required": needed}, "encoding": fields}
+        if len(wholes) + bool(fields) > 1:
+            raise node.refusal("has more than one body")
+        if wholes:
+            consumes, media = consumes or ["application/json"], {"schema": wholes[0]["schema"]}
+        elif any(one.get("type") == "file" for one in fields.values()):
+            consumes = ["multipart/form-data"]
+        else:
+            consumes = [one for one in consumes if _kind_of(one) != "json"] or [_FORM]
+        is_required = bool(needed) or any(one.get("required") is True for one in wholes)
+        body = {"content": dict.fromkeys(consumes, media), "required": is_required}
+        return _Node({"requestBody": body} if wholes or fields else {}, node.parent, node.key)
+
+    def _body(self, node, uses):
+        if node.value.get("requestBody") is None:
+            return OpenAPIBody()
+        node = node.at("requestBody").followed()
+        content = dict(node.items("content", dict))
+        for name in content:
+            if not _MEDIA_TYPE.match(name):
+                raise node.refusal("%r is no media type" % name)
+        kinds = {_kind_of(name): name for name in reversed(list(content))}
+        media_type = next((kinds[kind] for kind in ("json", "form", "text") if kind in kinds), None)
+        schema, fields = {}, {}
+        if media_type:
+            media = content[media_type].of_type(dict)
+            schema = self._schema(media, uses)
+            for name, one in media.items("encoding", dict):
+                if {"style", "explode", "allowReserved"} & one.of_type(dict).value.keys():
+                    fields[name] = OpenAPIParameter(name, name, "query", *self._written(one, "query"))
+        return OpenAPIBody(tuple(content), media_type, schema, node.get("required", bool, False), fields)
+
+
+def _check_depth(value, what):
+    """Refuse what is nested so deeply that reading or writing it could fail."""
+    parts = [value]
+    for _ in range(MAX_DOCUMENT_DEPTH):
+        groups = [one.values() if isinstance(one, dict) else one for one in parts if isinstance(one, (dict, list))]
+        parts = [part for group in groups for part in group]
+        if not parts:
+            return
+    raise ValueError("%s: is nested more than %d deep" % (what, MAX_DOCUMENT_DEPTH))
+
+
+def _kind_of(media_type):
+    """How a body is written: json, form or text; None where it cannot be here."""
+    name = media_type.partition(";")[0].strip().lower()
+    return "json" if rock_ms.is_json_type(name) else _KINDS.get(name)
+
+
+# Schemas of arguments.
+
+
+def _argument(name, place, taken):
+    """The name of an argument, with its place before it where another has it; it is taken then."""
+    while name in taken:
+        name = "%s.%s" % (place, name)
+    taken.add(name)
+    return name
+
+
+def _whole_schema(parameters, body, definitions):
+    """The schema of an operation's arguments, the body one of them."""
+    properties = {one.argument: one.schema for one in parameters}
+    properties.update({body.argument: body.schema} if body.media_type else {})
+    required = [one.argument for one in parameters if one.is_required] + [body.argument] * body.is_required
+    schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    return {**schema, "$defs": definitions} if definitions else schema
+
+
+def _with_members(body, schema, taken):
+    """A body that is an object, and the schema of all arguments, with its members as arguments in its place."""
+    members = _object_members(body.schema, schema.get("$defs", {})) if body.media_type else None
+    if members is None:
+        return body, schema
+    shapes, needed, others = members
+    properties = {name: one for name, one in schema["properties"].items() if name != body.argument}
+    taken.remove(body.argument)
+    names = {_argument(name, "body", taken): name for name in shapes}
+    properties.update((argument, shapes[name]) for argument, name in names.items())
+    required = [argument for argument, name in names.items() if name in needed] if body.is_required else []
+    required = [name for name in schema["required"] if name != body.argument] + required
+    schema = {**schema, "properties": properties, "required": required, "additionalProperties": others}
+    return replace(body, members=names, needed=tuple(needed)), schema
+
+
+def _object_members(schema, definitions):
+    """(schemas by name, names of those needed, schema of others) of an object; None of what may be something else."""
+    branches = _branches(schema, definitions)
+    types = [_types(branch) - {"null"} for branch in branches]
+    shapes = {name: shape for branch in reversed(branches) for name, shape in branch.get("properties", {}).items()}
+    if any(names and "object" not in names for names in types) or not (shapes or any(types)):
+        return None
+    needed = [name for branch in _branches(schema, definitions, ("allOf",)) for name in branch.get("required", ())]
+    others = [branch["additionalProperties"] for branch in branches if "additionalProperties" in branch]
+    shapes = {**dict.fromkeys(needed, {}), **shapes}
+    return shapes, needed, others[0] if others else not shapes
+
+
+def _branches(schema, definitions, keys=("allOf", "anyOf", "oneOf")):
+    """A schema, and all that it refers to or is put together from: whatever is about the same value."""
+    found, waiting = {}, [schema]
+    for one in waiting:  # which grows meanwhile
+        if isinstance(one, dict) and id(one) not in found:
+            found[id(one)] = one
+            waiting += [definitions[one["$ref"].rpartition("/")[2]]] if "$ref" in one else []
+            waiting += [part for key in keys for part in one.get(key, ())]
+    return list(found.values())
+
+
+def _types(branch):
+    return set(_listed(branch.get("type", [])))
+
+
+def _check_schema(node, schema):
+    try:
+        rock_ms.arguments_schema(schema)
+    except ValueError as error:
+        raise node.refusal("of its schemas, %s" % error) from None
+
+
+# URLs, in the normal form of RFC 3986, in which they are compared.
+
+
+def _normal_url(url):
+    """(what stands before the query, query or None) of an absolute http(s) URL that can be read in one way only."""
+    match = _URL.match(url) if isinstance(url, str) else None
+    if not match:
+        raise ValueError("url: must be an absolute http(s) URL without a fragment")
+    scheme, authority, path, query = match.groups()
+    default = {"http": 80, "https": 443}[scheme.lower()]
+    host = _AUTHORITY.match(authority)
+    port = int((host and host.group(2)) or default)
+    if not host or not 0 < port < 65536:
+        raise ValueError("url: must have a host, may have a port, and nothing else before its path")
+    origin = "%s://%s%s" % (scheme, host.group(1), "" if port == default else ":%d" % port)
+    return origin.lower() + _normal_path(path), query
+
+
+def _normal_path(path):
+    """A path with escapes for no more and no less than need them; braces may stand for parameters."""
+    if _UNSAFE_IN_PATH.search(path):
+        raise ValueError("url: has a backslash, a control character, an encoded slash or a bad escape in its path")
+    path = re.sub(r"%([0-9A-Fa-f]{2})", _normal_escape, _quote(path, "/%{}!$&'()*+,;=:@"))
+    if {".", ".."} & set(path.split("/")):
+        raise ValueError("url: has a dot segment in its path")
+    return path
+
+
+def _normal_escape(match):
+    character = chr(int(match.group(1), 16))
+    return character if re.match(r"[A-Za-z0-9._~-]", character) else match.group().upper()
+
+
+def _unquote(text):
+    from urllib.parse import unquote
+
+    try:
+        return unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        raise ValueError("url: has escapes that are not UTF-8") from None
+
+
+def _quote(text, safe=""):
+    from urllib.parse import quote
+
+    try:
+        return quote(text.encode("utf-8"), safe)
+    except UnicodeEncodeError:
+        raise ValueError("holds a lone surrogate, which UTF-8 cannot carry") from None
+
+
+def _base_url(node, text):
+    try:
+        url, query = _normal_url(text)
+    except ValueError as error:
+        raise node.refusal("a server needs an absolute http(s) URL, got %r: %s" % (text, error)) from None
+    if query is not None or re.search("[{}]", url):
+        raise node.refusal("the URL of a server has no query and no braces, got %r" % text)
+    return url
+
+
+def _path_parts(node, path):
+    """The texts, in normal form, and the names of parameters in a path, by turns."""
+    parts = re.split(r"\{([^{}]+)\}", path)
+    texts = parts[::2]
+    if not path.startswith("/") or re.search("[?#{}]", "".join(texts)) or "" in texts[1:-1]:
+        raise node.refusal("a path begins with /, has no query, and parameters are kept apart; got %r" % path)
+    try:
+        parts[::2] = _normal_path("{}".join(texts)).split("{}")
+    except ValueError as error:
+        raise node.refusal("%s: %r" % (error, path)) from None
+    return tuple(parts)
+
+
+def _path_pattern(parts):
+    """A parameter ends where the text behind it begins, so that there is one way to read a path."""
+    texts = [re.escape(text) for text in parts[::2]]
+    ends = [re.escape(text[:1]) for text in parts[2::2]]
+    return re.compile(texts[0] + "".join("([^/%s]+)%s" % pair for pair in zip(ends, texts[1:])) + r"\Z")
+
+
+def _concreteness(operation):
+    """Sorts what a URL can mean: texts before parameters, from the left."""
+    return [("{" in one) + one.startswith("{") for one in operation.path.split("/")]
+
+
+def _path_arguments(operation, server, url):
+    """The arguments in the path of a URL; None where it is not that of the operation at a server."""
+    base = server[:-1] if server.endswith("/") else server
+    path = url[len(base) :] or "/"
+    if server.endswith("/") and path.startswith("//"):  # of a client that puts base URL and path together as they are
+        path = path[1:]
+    match = operation.pattern.match(path) if url.startswith(base) else None
+    if not match:
+        return None
+    values = dict(zip(operation.parts[1::2], match.groups()))
+    parameters = [one for one in operation.parameters if one.place == "path"]
+    return {one.argument: _value_of(one, operation, [_unquote(values[one.name])]) for one in parameters}
+
+
+def _query_of(operation, query):
+    """The parameters in a URL's query, by name."""
+    texts = {}
+    for pair in filter(None, (query or "").split("&")):
+        name, _, value = (_unquote(part.replace("+", " ")) for part in pair.partition("="))
+        texts.setdefault(name, []).append(value)
+    known = operation.named("query")
+    return {name: _value_of(known[name], operation, texts[name]) if name in known else "" for name in texts}
+
+
+def _value_of(parameter, operation, texts):
+    """A parameter's value, from the texts that a URL has for it."""
+    branches = _branches(parameter.schema, operation.schema.get("$defs", {}))
+    prefix = {"label": ".", "matrix": ";%s=" % parameter.name}.get(parameter.style, "")
+    texts = [text[len(prefix) :] if text.startswith(prefix) else text for text in texts]
+    if parameter.is_json and texts != [""]:
+        texts = [_of_argument(parameter, lambda _, text: rock_ms.parse_json(text), texts[0]), *texts[1:]]
+    elif texts != [""] and any("array" in _types(branch) for branch in branches):
+        if parameter.place == "query" and parameter.explode:
+            return texts
+        texts = [texts[0].split(_SEPARATORS.get(parameter.style, ",")), *texts[1:]]
+    if len(texts) > 1:
+        raise ValueError("%s: stands twice in the URL" % parameter.argument)
+    return texts[0]
+
+
+def _client_body(taken, body):
+    """A body as the operation has it, from one that modelscope-agent's client has made of all its arguments."""
+    if isinstance(body, dict) and taken.members is not None:
+        body = _nested({name: value for name, value in body.items() if value != "" or name in taken.needed}, taken)
+    return None if body in ({}, "", None) and not taken.is_required else body
+
+
+def _nested(members, taken):
+    """Members of a body, those named `outer.inner` put inside of others."""
+    known, whole = set(taken.members.values()), {}
+    for name, value in members.items():
+        is_inner = name not in known and name.partition(".")[0] in known
+        *outer, last = name.split(".") if is_inner else [name]
+        into = whole
+        for step in outer:
+            if not isinstance(into.setdefault(step, {}), dict):
+                raise ValueError("%s: %s is no object" % (name, step))
+            into[step] = into = dict(into[step])
+        into[last] = value
+    return whole
+
+
+# Requests.
+
+
+def _request(operation, server, arguments, body, headers, cookies):
+    headers = _take(operation, "header", headers, arguments)
+    cookies = _take(operation, "cookie", cookies, arguments)
+    _check_depth(arguments, "arguments")
+    _check_depth(body, "body")
+    values, body = _checked(operation, arguments, body)
+    path = _path(operation, dict(_written(operation, "path", _path_text, values)))
+    query = "&".join(pair for _, pairs in _written(operation, "query", _pairs, values) for pair in pairs)
+    crumbs = [pair for _, pairs in _written(operation, "cookie", _pairs, values) for pair in pairs]
+    crumbs += ["%s=%s" % pair for pair in _sendable("cookies", cookies, _COOKIE_VALUE)]
+    fields = _written(operation, "header", _header_text, values) + _header_fields(operation.body, headers, crumbs)
+    content_type, data = (None, b"") if body is None else _of_argument(operation.body, _body_data, body)
+    fields += [("Content-Type", content_type)] if content_type else []
+    url = (server[:-1] if server.endswith("/") else server) + path + ("?" + query if query else "")
+    return HTTPCall(operation.method, url, tuple(fields), data)
+
+
+def _object(value, what):
+    if not isinstance(value or {}, dict):
+        raise ValueError("%s: must be an object, got %s" % (what, rock_ms.json_type(value)))
+    return dict(value or {})
+
+
+def _of_argument(place, function, value):
+    """What a function returns for a value of a parameter, or of a body.  A ValueError names the argument."""
+    try:
+        return function(place, value)
+    except ValueError as error:
+        raise ValueError("%s: %s" % (place.argument, error)) from None
+
+
+def _take(operation, place, given, arguments):
+    """Move what is a parameter of a place to the arguments; what is left.  An empty one that may be is not given."""
+    left, known = {}, operation.named(place)
+    for name, value in _object(given, place).items():
+        parameter = known.get(name.lower() if place == "header" else name)
+        if parameter is None:
+            left[name] = value
+        elif value not in ("", None) or parameter.is_required:
+            if parameter.argument in arguments:
+                raise ValueError("%s: is given twice" % parameter.argument)
+            arguments[parameter.argument] = value
+    if left and place == "query":
+        raise ValueError("%s: is no query parameter%s" % (min(left), _hint(min(left), known)))
+    return left
+
+
+def _hint(word, known):
+    """The nearest of `known`, where it is near.  Long words, which take time, have none."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(str(word)[:80], [one for one in known if len(one) < 80], 1)
+    return "; did you mean %r?" % near[0] if near else ""
+
+
+def _checked(operation, arguments, body):
+    """(parameters by argument, body or None), once they fit their schemas."""
+    taken, definitions = operation.body, operation.schema.get("$defs", {})
+    if not taken.media_type and (body is not None or taken.is_required):
+        raise ValueError("body: the operation takes %s, which is not sent" % (", ".join(taken.media_types) or "none"))
+    inputs = {one.argument: one for one in operation.parameters if one.argument in arguments}
+    rest = {name: value for name, value in arguments.items() if name not in inputs}
+    values = {name: arguments[name] for name in inputs}
+    values.update(
+        (name, _loose(values[name], one.schema, definitions)) for name, one in inputs.items() if not one.is_json
+    )
+    if body is None:
+        rock_ms.check_arguments({**values, **rest}, operation.schema)
+        if taken.members is None:
+            body = rest.get(taken.argument)
+        elif rest or taken.is_required:
+            body = {taken.members.get(name, name): value for name, value in rest.items()}
+        rest = {}
+    elif taken.argument in rest:
+        raise ValueError("%s: is given twice" % taken.argument)
+    if body is not None:
+        rock_ms.check_arguments(
+            {**values, **rest, taken.argument: body}, _whole_schema(operation.parameters, taken, definitions)
+        )
+    return values, body
+
+
+def _loose(value, schema, definitions):
+    """A parameter with the texts in it that read as numbers or booleans, where it has those; it becomes text anyway."""
+    branches = _branches(schema, definitions) if isinstance(value, (str, list)) else ()
+    if isinstance(value, list):
+        items = next((branch["items"] for branch in branches if "items" in branch), {})
+        return [_loose(item, items, definitions) for item in value]
+    types = {name for branch in branches for name in _types(branch)}
+    if "string" in types or not types:
+        return value
+    if "boolean" in types and value in ("true", "false", "True", "False"):
+        return value in ("true", "True")
+    return rock_ms.parse_json(value) if types & {"integer", "number"} and _NUMBER.match(value) else value
+
+
+def _written(operation, place, write, values):
+    """(name, what `write` makes of the value) of each parameter of a place that is given."""
+    written, known = [], operation.named(place)
+    for one in operation.parameters:
+        if one.place == place and one.argument in values:
+            value = rock_ms.dump_json(values[one.argument]) if one.is_json else values[one.argument]
+            is_spread = isinstance(value, dict) and one.explode and one.style != "deepObject"
+            if is_spread and place in ("query", "cookie") and value.keys() & (known.keys() - {one.name}):
+                raise ValueError("%s: has a member that is named as another parameter is" % one.argument)
+            written.append((one.name, _of_argument(one, write, value)))
+    return written
+
+
+def _texts(value, explode, quote):
+    """The texts that a value is written with, which separators stand between."""
+    if isinstance(value, dict):
+        pairs = [(quote(name), quote(_scalar(part))) for name, part in value.items() if part is not None]
+        return ["%s=%s" % pair for pair in pairs] if explode else [text for pair in pairs for text in pair]
+    return [quote(_scalar(part)) for part in _listed(value) if part is not None]
+
+
+def _scalar(value):
+    if isinstance(value, (dict, list)):
+        raise ValueError("has %s in a place for texts, numbers and booleans" % rock_ms.json_type(value))
+    return value if isinstance(value, str) else rock_ms.dump_json(value)
+
+
+def _path_text(parameter, value):
+    explode, name = parameter.explode, _quote(parameter.name)
+    texts = _texts(value, explode, _quote)
+    if not any(texts):
+        raise ValueError("must not be empty, as it is a part of the path")
+    if parameter.style == "label":
+        return "." + ("." if explode else ",").join(texts)
+    if parameter.style == "matrix":
+        has_names = explode and isinstance(value, dict)
+        texts = texts if explode else [",".join(texts)]
+        return "".join(";" + text if has_names else ";%s=%s" % (name, text) for text in texts)
+    return _quote(_SEPARATORS.get(parameter.style, ","), ",").join(texts)
+
+
+def _path(operation, texts):
+    path = "".join(texts[part] if place % 2 else part for place, part in enumerate(operation.parts))
+    if {".", ".."} & set(path.split("/")):
+        raise ValueError("%s: would make another path of it" % " or ".join(texts))
+    return path
+
+
+def _pairs(parameter, value):
+    """The `name=value` texts that a value is in a query, a form or the cookies."""
+    has_parts = isinstance(value, (dict, list))
+    if parameter.style == "deepObject" and has_parts:
+        return _deep_pairs(parameter.name, value)
+    texts = _texts(value, parameter.explode, _quote_reserved if parameter.allow_reserved else _quote)
+    if parameter.explode and isinstance(value, dict):
+        return texts
+    if texts and has_parts and not parameter.explode:
+        texts = [_quote(_SEPARATORS.get(parameter.style, ","), ",").join(texts)]
+    return ["%s=%s" % (_quote(parameter.name), text) for text in texts]
+
+
+def _deep_pairs(name, value):
+    """`name[member]=value` texts.  OpenAPI has one level of them; more, and arrays, are written as is the custom."""
+    if not isinstance(value, (dict, list)):
+        return [] if value is None else ["%s=%s" % (_quote(name), _quote(_scalar(value)))]
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    if re.search(r"[\[\]]", "".join(map(str, keys))):
+        raise ValueError("has a member with a bracket in its name")
+    return [pair for key in keys for pair in _deep_pairs("%s[%s]" % (name, key), value[key])]
+
+
+def _quote_reserved(text):
+    """Reserved characters, but those that end a value, and escapes are left as they are."""
+    return _quote(re.sub(r"%(?![0-9A-Fa-f]{2})", "%25", text), "%:/?@!$'()*=")
+
+
+def _header_text(parameter, value):
+    texts, separator = _texts(value, parameter.explode, str), _SEPARATORS.get(parameter.style, ",")
+    if isinstance(value, (dict, list)) and any(separator in text for text in texts):
+        raise ValueError("has a part with %r in it, which stands between the parts" % separator)
+    if not _HEADER_VALUE.match(separator.join(texts)):
+        raise ValueError("has a character that no header can have")
+    return separator.join(texts)
+
+
+def _is_framing(name):
+    return name.lower() in _SENT_OTHERWISE or not rock_ms.end_to_end(((name, ""),))
+
+
+def _sendable(what, given, values):
+    """(name, value) pairs without the empty ones.  No message shows a value, which may be a secret."""
+    pairs = [(name, value) for name, value in given.items() if value not in ("", None)]
+    for name, value in pairs:
+        if not _HEADER_NAME.match(name) or not isinstance(value, str) or not values.match(value):
+            raise ValueError("%s: the name %r or its value has a character that none can have" % (what, name))
+    return pairs
+
+
+def _header_fields(taken, headers, crumbs):
+    """Header fields beside the parameters, Cookie among them."""
+    fields = {}
+    for name, value in _sendable("headers", headers, _HEADER_VALUE):
+        if _is_framing(name) or name.lower() in fields:
+            raise ValueError("headers: %s is set by what sends the request, or given twice" % name)
+        fields[name.lower()] = (name, value)
+    _, content_type = fields.pop("content-type", (None, None))
+    names = [one.partition(";")[0].strip().lower() for one in taken.media_types]
+    if content_type and names and content_type.partition(";")[0].strip().lower() not in names and "*/*" not in names:
+        raise ValueError("headers: Content-Type must be %s" % " or ".join(names))
+    crumbs = [fields.pop("cookie")[1], *crumbs] if "cookie" in fields else crumbs
+    return [*fields.values(), ("Cookie", "; ".join(crumbs))] if crumbs else list(fields.values())
+
+
+def _body_data(taken, body):
+    """(Content-Type, bytes)"""
+    kind = _kind_of(taken.media_type)
+    if kind == "json":
+        media_type = "application/json" if "*" in taken.media_type else taken.media_type
+        return media_type, rock_ms.dump_json(body).encode("utf-8")
+    if kind == "text":
+        return "text/plain; charset=utf-8", _scalar(body).encode("utf-8")
+    pairs = [pair for name, value in _object(body, "a form").items() for pair in _field_pairs(taken, name, value)]
+    return taken.media_type, "&".join(pairs).encode("ascii")
+
+
+def _field_pairs(taken, name, value):
+    """The `name=value` texts of a form's member.  Objects are JSON, unless the document says otherwise."""
+    if name in taken.fields:
+        return _pairs(taken.fields[name], value)
+    parts = [rock_ms.dump_json(one) if isinstance(one, (dict, list)) else one for one in _listed(value)]
+    return _pairs(OpenAPIParameter(name, name, "query"), parts)
+
+
+def _listed(value):
+    return value if isinstance(value, list) else [value]
+
+
+# ======================================================================================================================
 # Processes: children of this process, each in a group of its own, awaited without the event loop's child watchers,
 # which old Pythons have in the main thread only.
 # ======================================================================================================================
@@ -453,13 +1462,14 @@ def in_thread(function, *args) -> asyncio.Future:
 
 
 class ChildOutput:
-    """What a child writes, read from a pipe as it comes; of too much, the end is kept.
+    """What a child writes, read from a pipe as it comes; of more than `limit` bytes the end is kept.
 
     A child's child may hold the pipe open: then it is read on, and what comes is thrown away, until `close`.
     """
 
-    def __init__(self):
+    def __init__(self, limit: int | None = None):
         self._loop = asyncio.get_event_loop()
+        self._limit = limit or MAX_OUTPUT_BYTES
         self._data = bytearray()
         self._is_wanted = True
         self.head = b""
@@ -478,7 +1488,7 @@ class ChildOutput:
         elif self._is_wanted:
             self.head = self.head or piece[:HEAD_BYTES]
             self._data += piece
-            del self._data[: max(0, len(self._data) - MAX_OUTPUT_BYTES)]
+            del self._data[: max(0, len(self._data) - self._limit)]
         else:
             self._rest()
         return bool(piece)
@@ -2007,3 +3017,1697 @@ async def all_or_none(tasks: list) -> list:
 def _pack(directory, path):
     with tarfile.open(path, "w:gz", compresslevel=1) as archive:
         archive.add(directory, arcname=".")
+
+
+# ======================================================================================================================
+# Tool nodes: where the node of a tool runs, a container or a process of this machine, and what becomes of it.
+#
+#   A node       is `rock_ms.py start --type tool-node`, alone in its place.  What it is told, secrets included, goes in
+#                a file, so that no process list, and no `docker inspect`, shows it.
+#   Its place    is named by the node's id before anything is begun, so that whatever a manager that was killed has left
+#                can be found, looked at and removed by the next one.
+# ======================================================================================================================
+
+
+class NodeError(RockError):
+    """A node cannot be begun.  The message is for whoever asked for the tool."""
+
+
+class PortTaken(NodeError):
+    """Its port is another program's."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A tool of a tenant, as the registry keeps it.
+
+    node_id: of what runs now, new with each start.  status: pending, running, exited or failed.  message: why it is
+    exited or failed.  port: of this machine, on loopback; None where it has none.  api_key: what the node asks the
+    manager for.  wish: a digest of what it was made from, to tell whether it is made from something else.
+    """
+
+    tenant_id: str
+    tool_name: str
+    node_id: str
+    runtime: str
+    status: str = "pending"
+    message: str = ""
+    port: int | None = None
+    api_key: str = field(default="", repr=False)
+    image: str = ""
+    wish: str = ""
+
+    @property
+    def name(self) -> str:
+        """What modelscope-agent's servers call it."""
+        return "%s_%s" % (self.tool_name, self.tenant_id)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it runs, or is being started."""
+        return self.status in ("pending", "running")
+
+
+@dataclass(frozen=True)
+class NodeOrder:
+    """What a node is begun with.
+
+    tool_file: a Python file of this machine, or None for a built-in tool.  tool_env: environment variables by name.
+    call_seconds: how long a call may take.
+    """
+
+    tool_name: str
+    tool_file: str | None
+    tool_cfg: dict = field(repr=False)
+    tool_env: dict = field(repr=False)
+    call_seconds: float
+
+    def settings(self, node: Node, host: str, port: int, tool_file: str | None) -> bytes:
+        """The node's config file.  tool_file: where the node finds it."""
+        values = {
+            "host": host,
+            "port": port,
+            "api_key": node.api_key,
+            "tool": self.tool_name,
+            "tool_cfg": self.tool_cfg,
+            "tool_env": self.tool_env,
+            "request_timeout": self.call_seconds,
+        }
+        if tool_file:
+            values["tool_file"] = tool_file
+        return rock_ms.dump_json(values).encode("utf-8")
+
+    def without_secrets(self, text: str) -> str:
+        """A text without the keys that the tool is given, which it may have printed."""
+        keys = rock_ms.secrets_in(self.tool_cfg) + list(self.tool_env.values())
+        return rock_ms.Secrets(keys).hide(text)
+
+
+class ProcessRuntime:
+    """Nodes as processes of this machine, each in a process group and a directory of its own.  It isolates nothing.
+
+    directory: where those of the nodes are made.
+    """
+
+    warning = "--runtime process isolates nothing: a tool may do whatever this user may"
+
+    def __init__(self, directory: str):
+        self._directory = directory
+        self._children = {}  # node id -> Popen, of those that this process has begun
+
+    def prepare(self, node: Node, is_unwanted) -> None:
+        """Nothing has to be fetched."""
+
+    def begin(self, node: Node, order: NodeOrder, is_unwanted) -> None:
+        """Begin the node; it may still fail.  Raises NodeError.  is_unwanted: () -> whether to give up."""
+        try:
+            self._children[node.node_id] = self._spawn(node, order)
+        except (OSError, RockError) as error:
+            raise NodeError("no process can be begun: %s" % _reason(error)) from None
+
+    def _spawn(self, node, order):
+        directory = self._place(node.node_id)
+        os.makedirs(self._directory, exist_ok=True)
+        os.mkdir(directory, 0o700)  # what a tool says, or keeps, is for nobody else
+        os.mkdir(os.path.join(directory, "work"))
+        tool_file = order.tool_file and os.path.join(directory, os.path.basename(order.tool_file))
+        if tool_file:
+            shutil.copyfile(order.tool_file, tool_file)
+        config = os.path.join(directory, "node.json")
+        with open(os.open(config, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(order.settings(node, "127.0.0.1", node.port, tool_file))
+        command = [sys.executable, "-c", rock_ms.RUN_BYTECODE, os.path.abspath(rock_ms.__file__), "start"]
+        command += ["--type", "tool-node", "--foreground", "--config-file", config]
+        command += ["--data-dir", os.path.join(directory, "data")]
+        with open(self._log_path(node.node_id), "ab") as log:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                cwd=os.path.join(directory, "work"),
+                env=self._environ(node.node_id),
+                start_new_session=True,
+            )
+        try:
+            rock_ms.hand_over(child.stdin, rock_ms.own_bytecode(), rock_ms.START_SECONDS)
+        except BaseException:
+            kill_group(child.pid)
+            child.wait()
+            raise
+        return child
+
+    def _environ(self, node_id):
+        """Little of our own, which may hold secrets that are not the tool's."""
+        kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+        kept.update((name, os.environ[name]) for name in os.environ if name.startswith("LC_"))
+        return {**kept, NODE_VARIABLE: node_id}
+
+    def ended(self, node: Node) -> tuple[int | None, str] | None:
+        """(exit code, how) of a node that is not there any more; None of one that is."""
+        child = self._children.get(node.node_id)
+        if child is None:  # of an earlier manager
+            data_dir = os.path.join(self._place(node.node_id), "data")
+            return None if rock_ms.ServiceState(data_dir).is_running() else (None, "it ended")
+        code = child.poll()
+        if code is None:
+            return None
+        return code, "it was killed by signal %d" % -code if code < 0 else "it ended with exit code %d" % code
+
+    def said(self, node: Node) -> str:
+        """What the node said, the end of it."""
+        try:
+            with open(self._log_path(node.node_id), "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - READ_BYTES))
+                said = file.read()
+        except OSError:
+            return ""
+        return said.replace(os.fsencode(self._place(node.node_id)) + b"/", b"").decode("utf-8", "replace")
+
+    def remove(self, node_id: str) -> None:
+        """Kill whatever belongs to the node, and remove its directory.  Raises RockError."""
+        child = self._children.pop(node_id, None)
+        if child:
+            if child.poll() is None:
+                kill_group(child.pid)
+            child.wait()
+        kill_marked(b"%s=%s" % (NODE_VARIABLE.encode(), node_id.encode()))
+        _remove_tree(self._place(node_id))
+
+    def left(self) -> list:
+        """The ids of all nodes that have a place here."""
+        try:
+            return [name for name in os.listdir(self._directory) if re.match(NODE_ID, name)]
+        except FileNotFoundError:
+            return []
+
+    def _place(self, node_id):
+        return os.path.join(self._directory, node_id)
+
+    def _log_path(self, node_id):
+        return os.path.join(self._place(node_id), "node.log")
+
+
+class DockerRuntime:
+    """Nodes as containers, by the `docker` command, on whatever engine of this machine DOCKER_HOST names.
+
+    manager_id: labels the containers as ours.  limits: options of `docker create`.  docker: the command.
+    """
+
+    warning = ""
+
+    def __init__(self, manager_id: str, limits: tuple = (), docker: str = "docker"):
+        self._label = "%s=%s" % (NODE_LABEL, manager_id)
+        self._limits = limits
+        self._docker = docker
+
+    def prepare(self, node: Node, is_unwanted) -> None:
+        """Pull the image where it is missing.  Raises NodeError."""
+        if self._call(["image", "inspect", "--format={{.Id}}", "--", node.image])[0] != 0:
+            self._must(["pull", "--quiet", "--", node.image], CREATE_SECONDS, is_unwanted)
+
+    def begin(self, node: Node, order: NodeOrder, is_unwanted) -> None:
+        """Make and start the container.  Raises NodeError, PortTaken, OSError."""
+        name = self._name(node.node_id)
+        create = ["create", "--name=" + name, "--label=" + self._label, "--label=rock-tool=" + node.name]
+        create += ["--publish=127.0.0.1:%d:%d" % (node.port, NODE_PORT), *NODE_CONFINEMENT, *self._limits]
+        self._must([*create, "--entrypoint=sh", "--", node.image, "-c", _RUN_NODE], CREATE_SECONDS, is_unwanted)
+        self._must(["cp", "-", name + ":/"], COMMAND_SECONDS, is_unwanted, self._files(node, order))
+        self._must(["start", name], REMOVE_SECONDS, is_unwanted)
+
+    def _files(self, node, order):
+        """A tar archive of what the container is given: `/rock-tool`, readable by whatever user the image has."""
+        with open(rock_ms.__file__, "rb") as file:
+            files = {"rock_ms.py": file.read()}
+        tool_file = order.tool_file and "tool/" + os.path.basename(order.tool_file)
+        if tool_file:  # beside rock_ms.py it might hide a module of Python's own
+            with open(order.tool_file, "rb") as file:
+                files[tool_file] = file.read()
+        files["node.json"] = order.settings(node, "0.0.0.0", NODE_PORT, tool_file and "/rock-tool/" + tool_file)
+        archive = io.BytesIO()
+        with tarfile.open(fileobj=archive, mode="w") as tar:
+            for name in ("rock-tool", "rock-tool/tool"):
+                directory = tarfile.TarInfo(name)
+                directory.type, directory.mode = tarfile.DIRTYPE, 0o755
+                tar.addfile(directory)
+            for name, data in files.items():
+                info = tarfile.TarInfo("rock-tool/" + name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        return archive.getvalue()
+
+    def ended(self, node: Node) -> tuple[int | None, str] | None:
+        """(exit code, how) of a node that is not there any more; None of one that is.  Raises NodeError."""
+        code, said, errors = self._call(["inspect", "--format={{json .State}}", self._name(node.node_id)])
+        if code != 0 and re.search("no such (object|container)", errors.lower()):
+            return None, "its container was removed"
+        try:
+            state = rock_ms.json_object(said, "it")[1]
+        except ValueError:
+            message = "docker does not say whether its container runs: %s"
+            raise NodeError(message % (errors or "it did not answer")) from None
+        if state.get("Running") or state.get("Status") in ("created", "running", "restarting", "paused"):
+            return None
+        how = "its container ended with exit code %s" % state.get("ExitCode")
+        if state.get("OOMKilled"):
+            how += ", as it needed more memory than it may have"
+        return state.get("ExitCode"), how + (": %s" % state["Error"] if state.get("Error") else "")
+
+    def said(self, node: Node) -> str:
+        """What the node said, the end of it."""
+        _, output, errors = self._call(["logs", "--tail=%d" % LAST_LINES, self._name(node.node_id)])
+        return output + "\n" + errors
+
+    def remove(self, node_id: str) -> None:
+        """Remove the container, with all that runs in it.  Raises NodeError."""
+        code, _, errors = self._call(["rm", "--force", "--volumes", self._name(node_id)], REMOVE_SECONDS)
+        if code != 0 and not re.search("no such container|no container with", errors.lower()):
+            raise NodeError("cannot remove the container %s: %s" % (self._name(node_id), errors or "it took too long"))
+
+    def left(self) -> list:
+        """The ids of all nodes that have a container here, ended or not.  Raises NodeError."""
+        words = ["ps", "--all", "--filter=label=" + self._label, "--format={{.Names}}"]
+        code, output, errors = self._call(words)
+        if code != 0:
+            raise NodeError("docker does not say which containers there are: %s" % (errors or "it did not answer"))
+        return [name[len(NODE_PREFIX) :] for name in output.split() if name.startswith(NODE_PREFIX)]
+
+    @staticmethod
+    def _name(node_id):
+        return NODE_PREFIX + node_id
+
+    def _must(self, words, seconds, is_unwanted, data=None):
+        """Run a docker command that must succeed.  Raises NodeError with what it said."""
+        code, _, errors = self._call(words, seconds, is_unwanted, data)
+        if code == 0:
+            return
+        if code is None:
+            raise NodeError(UNWANTED if is_unwanted() else "docker %s took longer than %g s" % (words[0], seconds))
+        if re.search("port is already allocated|address already in use|failed to bind", errors.lower()):
+            raise PortTaken(errors)
+        said = [line for line in errors.splitlines() if line.strip() and "--help" not in line]
+        raise NodeError("docker %s: %s" % (words[0], "; ".join(said[-3:]) or "exit code %d" % code))
+
+    def _call(self, words, seconds=COMMAND_SECONDS, is_unwanted=lambda: False, data=None):
+        """(exit code, output, standard error) of a docker command, as from `run_bounded`.  Raises NodeError."""
+        try:
+            return run_bounded([self._docker, *words], seconds, is_unwanted, data)
+        except OSError as error:
+            message = "cannot run %s: %s; is it installed?"
+            raise NodeError(message % (self._docker, os.strerror(error.errno or 0))) from None
+
+
+# A shell as the first process also buries those whose parents have gone.
+_RUN_NODE = (
+    'python=$(command -v python3 || command -v python) || { echo "the image has no Python" >&2; exit 127; }; '
+    '"$python" /rock-tool/rock_ms.py start --type tool-node --foreground --config-file /rock-tool/node.json '
+    "--data-dir /tmp/rock-tool-node; exit $?"
+)
+
+
+def run_bounded(command: list, seconds: float, is_unwanted, data: bytes | None) -> tuple[int | None, str, str]:
+    """(exit code, output, standard error) of a command; the code is None where it was killed.
+
+    It is killed when its time is over, and when `is_unwanted()` becomes true.  data: its input.  Of what it says the
+    end is kept.  Raises OSError.
+    """
+    with tempfile.TemporaryFile() as file:  # which nobody else can open
+        file.write(data or b"")
+        file.seek(0)
+        return asyncio.run(_run_bounded(command, seconds, is_unwanted, file))
+
+
+async def _run_bounded(command, seconds, is_unwanted, stdin):
+    with contextlib.closing(ChildOutput(READ_BYTES)) as output, contextlib.closing(ChildOutput(READ_BYTES)) as errors:
+        running = asyncio.ensure_future(run_process(command, seconds, output, errors, stdin=stdin))
+        try:
+            while not running.done() and not is_unwanted():
+                await asyncio.wait([running], timeout=LOOK_SECONDS)
+        finally:
+            is_killed = not running.done()
+            if is_killed:
+                await cancel([running])
+        code = None if is_killed else running.result()
+        return code, _text(output.take()), _text(errors.take())
+
+
+_NODE_SAID_INFO = re.compile(r"[0-9-]{10} [0-9:,]{12} INFO ")
+
+
+def last_words(how: str, said: str) -> str:
+    """Why a node ended, for people: how, and what it said last, without the list of what it answered."""
+    lines = [line for line in said.splitlines() if line.strip() and not _NODE_SAID_INFO.match(line)]
+    lines = [line[len("rock-ms: ") :] if line.startswith("rock-ms: ") else line for line in lines]
+    text = "\n".join(lines[-LAST_LINES:])[-MAX_SAID_CHARACTERS:]
+    return "%s: %s" % (how, text) if text else how
+
+
+# ======================================================================================================================
+# Tool registry: which tenant has which tools, in an SQLite file that survives its manager.
+# ======================================================================================================================
+
+
+_SELECT_NODES = "SELECT %s FROM nodes" % ", ".join(spec.name for spec in fields(Node))
+
+
+class ToolRegistry:
+    """The nodes and OpenAPI documents of all tenants.
+
+    path: of the file; made where it is missing, readable by this user only, since it holds the nodes' keys.  Each
+    method is one transaction.  Raises StorageError.
+    """
+
+    def __init__(self, path: str):
+        import sqlite3
+
+        self._path = path
+        self._lock = threading.Lock()
+        self._errors = sqlite3.Error
+        with self._storing():
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            self._database = sqlite3.connect(
+                path, timeout=REGISTRY_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            self._database.execute("PRAGMA journal_mode = WAL")  # who reads it, as a backup, holds nobody up
+            columns = ", ".join(spec.name for spec in fields(Node))
+            self._database.execute("CREATE TABLE IF NOT EXISTS manager (manager_id)")
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS nodes (%s, PRIMARY KEY (tenant_id, tool_name))" % columns
+            )
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS documents (tenant_id, name, document, PRIMARY KEY (tenant_id, name))"
+            )
+            insert = "INSERT INTO manager SELECT ? WHERE NOT EXISTS (SELECT 1 FROM manager)"
+            self._database.execute(insert, [uuid.uuid4().hex])
+
+    @contextlib.contextmanager
+    def _storing(self):
+        try:
+            with self._lock:
+                yield
+        except (self._errors, OSError) as error:
+            raise StorageError("the registry %s: %s" % (self._path, error)) from error
+
+    def _ask(self, statement, *values):
+        """The rows, and how many were changed."""
+        with self._storing():
+            cursor = self._database.execute(statement, values)
+            return cursor.fetchall(), cursor.rowcount
+
+    @property
+    def manager_id(self) -> str:
+        """Of whoever manages these nodes: the same as long as the file lives."""
+        return self._ask("SELECT manager_id FROM manager")[0][0][0]
+
+    def node(self, tenant_id: str, tool_name: str) -> Node | None:
+        """A tenant's tool."""
+        where = _SELECT_NODES + " WHERE tenant_id = ? AND tool_name = ?"
+        return next((Node(*row) for row in self._ask(where, tenant_id, tool_name)[0]), None)
+
+    def nodes(self, tenant_id: str | None = None) -> list:
+        """All tools of a tenant, or of all tenants."""
+        where = _SELECT_NODES + " WHERE ? IS NULL OR tenant_id = ? ORDER BY tenant_id, tool_name"
+        return [Node(*row) for row in self._ask(where, tenant_id, tenant_id)[0]]
+
+    def put(self, node: Node) -> None:
+        """Add a tool, or replace it."""
+        values = [getattr(node, spec.name) for spec in fields(Node)]
+        self._ask("REPLACE INTO nodes VALUES (%s)" % ", ".join("?" * len(values)), *values)
+
+    def change(self, node: Node, **values) -> bool:
+        """Change what is known of a node; whether it is still the tool's node."""
+        places = ", ".join("%s = ?" % name for name in values)
+        where = "UPDATE nodes SET %s WHERE tenant_id = ? AND tool_name = ? AND node_id = ?" % places
+        return bool(self._ask(where, *values.values(), node.tenant_id, node.tool_name, node.node_id)[1])
+
+    def forget(self, node: Node) -> None:
+        """Remove a tool, unless it has another node by now."""
+        where = "DELETE FROM nodes WHERE tenant_id = ? AND tool_name = ? AND node_id = ?"
+        self._ask(where, node.tenant_id, node.tool_name, node.node_id)
+
+    def document(self, tenant_id: str, name: str) -> dict | None:
+        """A tenant's OpenAPI document."""
+        where = "SELECT document FROM documents WHERE tenant_id = ? AND name = ?"
+        return next((rock_ms.parse_json(text) for (text,) in self._ask(where, tenant_id, name)[0]), None)
+
+    def document_names(self, tenant_id: str) -> list:
+        """The names of all OpenAPI documents of a tenant."""
+        where = "SELECT name FROM documents WHERE tenant_id = ? ORDER BY name"
+        return [name for (name,) in self._ask(where, tenant_id)[0]]
+
+    def put_document(self, tenant_id: str, name: str, document: dict) -> None:
+        """Add a document, or replace it."""
+        self._ask("REPLACE INTO documents VALUES (?, ?, ?)", tenant_id, name, rock_ms.dump_json(document))
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._database.close()
+
+
+# ======================================================================================================================
+# Calls: a request to a node, or to a service outside, and its whole answer, within bounds.
+# ======================================================================================================================
+
+
+class BoundedWatch(rock_ms.ClientWatch):
+    """Waits for an upstream as a ClientWatch, within a time for everything together.  Raises UpstreamError 504.
+
+    An upstream that is never silent for long, and never done, would hold a call for ever.
+    """
+
+    def __init__(self, client: object, seconds: float):
+        super().__init__(client)
+        self._seconds = seconds
+        self.limit = self.clock() + seconds
+
+    def wait(self, sock: object, event: int, deadline: float) -> bool:
+        """As a ClientWatch's."""
+        if super().wait(sock, event, min(deadline, self.limit)):
+            return True
+        if self.clock() >= self.limit:
+            raise self.too_late()
+        return False
+
+    def too_late(self) -> Exception:
+        """What is raised when the time is over."""
+        return rock_ms.UpstreamError("it took longer than %g s" % self._seconds, 504)
+
+
+def fetch(pool: rock_ms.UpstreamPool, call: HTTPCall, client: object, seconds: float) -> tuple[int, bytes]:
+    """(status, body) of a whole answer.  Raises UpstreamError, ClientGone.
+
+    client: the socket of whoever waits for it.  seconds: for all of it.
+    """
+    upstream = rock_ms.Upstream.of(call.url)
+    target = re.sub(r"\A[a-z]+://[^/?]*", "", call.url)
+    target = target if target.startswith("/") else "/" + target
+    headers = [*call.headers, *([("Content-Length", len(call.body))] if call.body or call.method != "GET" else [])]
+    watch = BoundedWatch(client, seconds)
+    response = pool.send(upstream, call.method, target, headers, call.body, watch, seconds)
+    try:
+        data = bytearray()
+        while True:
+            piece = response.read(watch.limit)
+            if piece is None:
+                raise watch.too_late()
+            if not piece:
+                return response.head.status, bytes(data)
+            data += piece
+            if len(data) > MAX_ANSWER_BYTES:
+                raise rock_ms.UpstreamError("its answer has more than %d bytes" % MAX_ANSWER_BYTES)
+    finally:
+        response.close()
+
+
+class NodeClient:
+    """Asks nodes.  One for all of a manager's threads."""
+
+    def __init__(self):
+        self._pool = rock_ms.UpstreamPool({})
+        self._nobody = socket.socketpair()  # the client where nobody waits: one that never hangs up
+
+    def is_there(self, node: Node) -> bool:
+        """Whether our node answers."""
+        try:
+            self._identify(node)
+        except rock_ms.UpstreamError:
+            return False
+        return True
+
+    def _identify(self, node):
+        """Raise UpstreamError where it is not our node that answers, but whoever took its port after its end.
+
+        It has to prove that it knows its key, which is sent to nobody who has not.
+        """
+        nonce = uuid.uuid4().hex
+        path = "/identity?nonce=" + nonce
+        answer = self._send(node, "GET", path, (), None, self._nobody[0], ANSWER_SECONDS)[1]
+        if answer.get("output") != rock_ms.node_proof(node.api_key, nonce):
+            raise rock_ms.UpstreamError("another program answers on its port")
+
+    def ask(self, node: Node, method: str, path: str, value: object, client: object, seconds: float) -> object:
+        """What a node answers: the `output`.  Raises ApiError with the node's own refusal, UpstreamError, ClientGone.
+
+        client: the socket of whoever waits for it; its hang-up ends the call.
+        """
+        self._identify(node)
+        headers = (("Authorization", "Bearer " + node.api_key), ("Content-Type", "application/json"))
+        status, answer = self._send(node, method, path, headers, value, client, seconds)
+        if status != 200:
+            message = str(answer.get("message") or "its node answered %d" % status)
+            raise ApiError(status if status in (400, 500, 503, 504) else 502, message)
+        if "output" not in answer:
+            raise rock_ms.UpstreamError("its answer has no output")
+        return answer["output"]
+
+    def _send(self, node, method, path, headers, value, client, seconds):
+        """(status, answer) of a node."""
+        body = b"" if value is None else rock_ms.dump_json(value).encode("utf-8")
+        call = HTTPCall(method, "http://127.0.0.1:%d%s" % (node.port, path), headers, body)
+        status, data = fetch(self._pool, call, client, seconds)
+        try:
+            answer = rock_ms.parse_json(data.decode("utf-8"))
+        except ValueError as error:
+            raise rock_ms.UpstreamError("its answer is not JSON: %s" % error) from None
+        if not isinstance(answer, dict):
+            raise rock_ms.UpstreamError("its answer is %s" % rock_ms.json_type(answer))
+        return status, answer
+
+    def close(self) -> None:
+        """Close what is left."""
+        self._pool.close()
+        for end in self._nobody:
+            end.close()
+
+
+class Operations:
+    """The operations of the OpenAPI documents that tenants have registered.  Raises ApiError, StorageError.
+
+    seconds: how long a call may take.
+    """
+
+    def __init__(self, registry: ToolRegistry, seconds: float):
+        self._registry = registry
+        self._seconds = seconds
+        self._pool = rock_ms.UpstreamPool(rock_ms.http_proxies(os.environ))
+        self._lock = threading.Lock()
+        self._parsed = {}  # (tenant, name) -> OpenAPIDocument, of those that were used
+
+    def register(self, tenant_id: str, name: str, document: dict) -> dict:
+        """Keep a document whose operations may then be called; what there is in it."""
+        try:
+            parsed = OpenAPIDocument(document)
+        except ValueError as error:
+            raise ApiError(400, "openapi_schema: %s" % error, param="openapi_schema") from None
+        names = self._registry.document_names(tenant_id)
+        if name not in names and len(names) >= MAX_DOCUMENTS:
+            raise ApiError(400, "the tenant %s has %d documents already" % (tenant_id, len(names)))
+        with self._lock:
+            self._registry.put_document(tenant_id, name, document)
+            self._parsed.pop((tenant_id, name), None)
+        return {"openapi_name": name, "operations": list(parsed.operations), "servers": list(parsed.servers)}
+
+    def document(self, tenant_id: str, name: str) -> dict:
+        """A registered document.  Raises ApiError 404."""
+        document = self._registry.document(tenant_id, name)
+        if document is None:
+            hint = rock_ms.did_you_mean(name, self._registry.document_names(tenant_id) or ["none"])
+            raise ApiError(404, "the tenant %s has no OpenAPI document %s%s" % (tenant_id, name, hint))
+        return document
+
+    def find(self, tenant_id: str, values: dict) -> HTTPCall:
+        """What is to be sent for an operation of a registered document.  Raises ApiError 400, 403, 404.
+
+        values: the fields of /execute_openapi.
+        """
+        try:
+            params = rock_ms.parse_arguments(values.get("params"))[1]
+            if "operation_id" in values and "openapi_name" in values:
+                document = self._document(tenant_id, values["openapi_name"])
+                extras = (values.get("data"), values["headers"], values["cookies"])
+                return document.call(values["operation_id"], params, *extras)
+            if "url" in values:
+                return self._find_by_url(tenant_id, values, params)
+        except ValueError as error:
+            raise ApiError(400, str(error)) from None
+        raise ApiError(400, "say which operation: openapi_name and operation_id, or url and method")
+
+    def _find_by_url(self, tenant_id, values, params):
+        names = [values["openapi_name"]] if "openapi_name" in values else self._registry.document_names(tenant_id)
+        for name in names:
+            extras = (params, values["headers"], values["cookies"], values.get("data"))
+            call = self._document(tenant_id, name).call_of_url(values["method"].upper(), values["url"], *extras)
+            if call is not None:
+                return call
+        message = "no registered OpenAPI document of the tenant %s has this operation: register it at /openapi_schema"
+        raise ApiError(403, message % tenant_id, param="url")
+
+    def _document(self, tenant_id, name):
+        with self._lock:
+            parsed = self._parsed.get((tenant_id, name))
+            if parsed is None:
+                if len(self._parsed) >= MAX_DOCUMENTS:
+                    self._parsed.clear()
+                parsed = self._parsed[tenant_id, name] = OpenAPIDocument(self.document(tenant_id, name))
+            return parsed
+
+    def call(self, call: HTTPCall, client: object) -> object:
+        """What a service outside answers: a JSON value, or a text.  Raises ApiError 502, 504."""
+        try:
+            status, data = fetch(self._pool, call, client, self._seconds)
+        except rock_ms.UpstreamError as error:
+            raise ApiError(error.status, "the operation's server: %s" % error) from None
+        text = data.decode("utf-8", "replace")
+        if not 200 <= status < 300:
+            said = rock_ms.shortened(text) or "nothing"
+            raise ApiError(502, "the operation's server answered %d: %s" % (status, said))
+        try:
+            return rock_ms.parse_json(text) if text else None
+        except ValueError:
+            return text
+
+    def close(self) -> None:
+        """Close what is left."""
+        self._pool.close()
+
+
+# ======================================================================================================================
+# Tool manager: creates, looks after, calls and removes the nodes of all tenants.
+#
+#   States       pending: a thread of ours begins it.  running: it has answered.  exited, failed: it is gone, and the
+#                message says why.  What is stored is what was last seen; who asks is told what is so now.
+#   Races        Each start has a node id of its own, and a thread writes only while the tool still has that id: what is
+#                removed or replaced meanwhile is cleaned up by the thread that began it.
+#   Restarts     A stopped manager ends its nodes, unless told to keep them.  After one that was killed, or kept them,
+#                the next goes on with what lives.
+#   Sweeps       At its start and then once a minute a thread marks what has ended, and removes what is nobody's: what a
+#                killed manager left, or an engine that did not remove, or still made, what was given up.
+# ======================================================================================================================
+
+
+def _as_names(value):
+    names = value if isinstance(value, list) else str(value).split(",")
+    if not all(isinstance(name, str) and re.match(r"[A-Za-z_][A-Za-z0-9_]*\Z", name) for name in names):
+        raise ValueError("must be names of environment variables, as AMAP_TOKEN,DASHSCOPE_API_KEY")
+    return tuple(names)
+
+
+def _as_tenant_keys(value):
+    if not isinstance(value, dict) or not all(re.match(TOOL_NAME, str(name)) for name in value):
+        raise ValueError("must be a mapping of tenants to their keys")
+    for tenant, key in value.items():
+        if not isinstance(key, str):
+            raise ValueError("the key of %s must be a text: put it in quotes" % tenant)
+    keys = {str(tenant): rock_ms.as_api_key(key) for tenant, key in value.items()}
+    if len(set(keys.values())) < len(keys):
+        raise ValueError("has the same key for two tenants")
+    return keys
+
+
+def _as_image(value):
+    if not isinstance(value, str) or not re.match(r"[A-Za-z0-9][\w./:@-]{0,254}\Z", value, re.ASCII):
+        raise ValueError("must be the name of an image, as python:3-slim")
+    return value
+
+
+def _as_first_port(value):
+    port = rock_ms.as_port(value)
+    if not port:
+        raise ValueError("must be a whole number from 1 to 65535")
+    return port
+
+
+def _as_size(value):
+    if not re.match(r"[1-9][0-9]{0,14}[bkmg]?\Z", str(value)):
+        raise ValueError("must be a size, as 512m")
+    return str(value)
+
+
+def _as_cpus(value):
+    if not re.match(r"[0-9]{1,4}(\.[0-9]{1,3})?\Z", str(value)) or not float(value):
+        raise ValueError("must be a number above 0, as 0.5")
+    return str(value)
+
+
+@dataclass(frozen=True)
+class ManagerSettings:
+    """What the tool manager can be told.  Precedence: command line, environment, config file, default."""
+
+    type: str = setting("tool-manager", rock_ms.one_of("tool-manager"), "which server: tool-manager", flag="--type")
+    runtime: str = setting(
+        "docker",
+        rock_ms.one_of("docker", "process"),
+        "where tools run: docker (a container each), or process, which isolates nothing",
+        "TOOL_MANAGER_RUNTIME",
+        "--runtime",
+    )
+    host: str = setting("127.0.0.1", rock_ms.as_text, "address to listen on", "TOOL_MANAGER_HOST", "--host")
+    port: int = setting(31511, rock_ms.as_port, "port to listen on, 0 for any free one", "TOOL_MANAGER_PORT", "--port")
+    api_key: str | None = setting(
+        None,
+        rock_ms.as_api_key,
+        "bearer token that clients must send; it is good for every tenant",
+        "TOOL_MANAGER_AUTH",
+        "--api-key",
+        secret=True,
+    )
+    tenant_keys: dict = setting({}, _as_tenant_keys, "bearer tokens by tenant, each good for that tenant", secret=True)
+    tool_dir: str | None = setting(
+        None, _as_directory, "directory of your own tools, NAME.py each", "TOOL_MANAGER_TOOL_DIR", "--tool-dir"
+    )
+    tool_image: str = setting(
+        "python:3-slim",
+        _as_image,
+        "image of tools that ask for none; it needs a Python 3.7 or newer",
+        "TOOL_MANAGER_TOOL_IMAGE",
+        "--tool-image",
+    )
+    tool_env: tuple = setting(
+        (),
+        _as_names,
+        "names of the manager's environment variables that tools get, too, as A,B; not those in an image of their own",
+        flag="--tool-env",
+    )
+    request_timeout: float = setting(
+        60.0, rock_ms.as_seconds, "seconds that a call of a tool may take", flag="--request-timeout"
+    )
+    max_nodes: int = setting(100, rock_ms.as_count, "tools that may run at once", flag="--max-nodes")
+    first_node_port: int = setting(
+        31513, _as_first_port, "the lowest port of a node; each takes the next free one", flag="--first-node-port"
+    )
+    node_memory: str = setting("512m", _as_size, "memory of a container", flag="--node-memory")
+    node_cpus: str | None = setting(None, _as_cpus, "processors of a container, as 0.5", flag="--node-cpus")
+    node_pids: int = setting(256, rock_ms.as_count, "processes of a container", flag="--node-pids")
+    on_stop: str = setting(
+        "remove", rock_ms.one_of("remove", "keep"), "what `stop` does to the nodes: remove or keep", flag="--on-stop"
+    )
+    max_body_bytes: int = setting(16 * 1024 * 1024, rock_ms.as_bytes, "largest request body")
+    docker: str = setting("docker", rock_ms.as_text, "the docker command")
+
+    def check(self) -> None:
+        """Refuse, with UsageError, settings that contradict each other."""
+        if self.api_key in self.tenant_keys.values():
+            raise UsageError("tenant_keys: a tenant has the manager's own api_key, which is good for all tenants")
+
+    def warnings(self) -> list:
+        """What a user should know who starts it so."""
+        said = []
+        if self.runtime == "docker" and shutil.which(self.docker) is None:
+            said.append("there is no %s command here: tools will not start; or try --runtime process" % self.docker)
+        said += ["--tool-env: %s is not set" % name for name in self.tool_env if name not in os.environ]
+        if self.host not in ("127.0.0.1", "::1", "localhost") and not (self.api_key or self.tenant_keys):
+            said.append("it listens on %s and asks for no key: anyone on the network may run tools" % self.host)
+        return said
+
+    def limits(self) -> tuple:
+        """The options of `docker create` that bound a container."""
+        limits = ["--memory=" + self.node_memory, "--memory-swap=" + self.node_memory]
+        limits += ["--pids-limit=%d" % self.node_pids]
+        return (*limits, *(["--cpus=" + self.node_cpus] if self.node_cpus else []))
+
+
+def is_free_port(port: int) -> bool:
+    """Whether a node could listen on a port of this machine."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(("", port))
+            sock.listen(1)
+        except OSError:
+            return False
+    return True
+
+
+class ToolManager:
+    """The nodes of all tenants.  Raises ApiError for what a client did wrong, StorageError.
+
+    registry: a ToolRegistry.  runtimes: by name.  settings: ManagerSettings.  logger: as from `logging`.
+    """
+
+    def __init__(self, registry: ToolRegistry, runtimes: dict, settings: ManagerSettings, logger):
+        self._registry = registry
+        self._runtimes = runtimes
+        self._settings = settings
+        self._logger = logger
+        self._lock = threading.Lock()  # held while a tool's node is chosen or replaced, for moments only
+        self._threads = {}  # (what it does, node id) -> a thread that works on a node
+        self._slots = threading.BoundedSemaphore(PARALLEL_STARTS)
+        self._stopping = threading.Event()
+        self._has_adopted = False  # until then the nodes are the earlier manager's
+        self._client = NodeClient()
+
+    # Coming and going of the manager.
+
+    def adopt(self) -> None:
+        """Take over the nodes of an earlier manager, and begin to look after all."""
+        for node in self._registry.nodes():
+            if node.status == "pending":
+                why = "the tool manager ended while it was starting the tool; create it again"
+                self._registry.change(node, status="failed", message=why, port=None)
+        with self._lock:
+            self._in_background("sweep", "", self._sweep_until_stopped)
+        self._has_adopted = True
+
+    def _sweep_until_stopped(self):
+        while not self._stopping.is_set():
+            try:
+                self._sweep()
+            except StorageError as error:
+                self._logger.error("looking after the nodes met: %s", error)
+            self._stopping.wait(SWEEP_SECONDS)
+
+    def _sweep(self):
+        """See which nodes have ended, and remove what is nobody's."""
+        nodes = self._registry.nodes()
+        self._in_parallel(self._refresh, [node for node in nodes if node.status == "running"])
+        for name in {self._settings.runtime, *(node.runtime for node in nodes)}:
+            runtime = self._runtimes[name]
+            try:
+                left = runtime.left()
+            except (RockError, OSError) as error:
+                self._logger.warning("what is left of ended nodes is not known: %s", error)
+                continue
+            # Those that came meanwhile are in the registry before there is anything of them.
+            known = {node.node_id for node in self._registry.nodes() if node.is_live}
+            for node_id in left:
+                if node_id not in known and not self._stopping.is_set():
+                    self._logger.info("removing the node %s, which is nobody's", node_id)
+                    self._remove(runtime, node_id)
+
+    def _remove(self, runtime, node_id):
+        """Remove what is left of a node; why that failed, or an empty text.  The next sweep tries again."""
+        try:
+            runtime.remove(node_id)
+        except (RockError, OSError) as error:
+            self._logger.error("the node %s is not removed yet: %s", node_id, error)
+            return str(error)
+        return ""
+
+    def stop(self) -> None:
+        """Begin no more nodes, and end the threads that begin some; those are removed."""
+        self._stopping.set()
+        self._join()
+
+    def _in_background(self, work, node_id, function, *args):
+        """Have a thread do something, which `stop` waits for.  Called with the lock held.  Raises ApiError 503."""
+        key = (work, node_id)
+        thread = self._threads[key] = threading.Thread(target=self._work, args=(key, function, args), name="rock-tool")
+        try:
+            thread.start()
+        except RuntimeError:
+            del self._threads[key]
+            raise ApiError(503, "the tool manager has no thread left; try again later") from None
+
+    def _work(self, key, function, args):
+        try:
+            function(*args)
+        finally:
+            with self._lock:
+                del self._threads[key]
+
+    def _join(self, node_id=None):
+        """Wait for the threads that work on a node, or on any."""
+        with self._lock:
+            threads = [thread for key, thread in self._threads.items() if node_id in (None, key[1])]
+        for thread in threads:
+            thread.join(REMOVE_SECONDS)
+
+    def close(self) -> None:
+        """End the nodes, unless they are to be kept, and close what is left."""
+        try:
+            self._join()  # those that the last requests have begun
+            if self._settings.on_stop == "remove" and self._has_adopted:
+                live = [node for node in self._registry.nodes() if node.is_live]
+                self._in_parallel(lambda node: self._end(node, "exited", STOPPED), live)
+        finally:
+            self._client.close()
+            self._registry.close()
+
+    # What tenants ask for.
+
+    def create(self, tenant_id: str, tool_name: str, cfg: dict, image: str | None) -> Node:
+        """The tool's node, begun where it does not run.  One that runs stays as it is, whatever is asked for."""
+        order, image = self._order(tool_name, cfg, image)
+        node = self._registry.node(tenant_id, tool_name)
+        node = node and self._refresh(node)
+        if node and node.is_live:
+            return self._as_wished(node, order, image)
+        self._make_room()
+        with self._lock:
+            node = self._registry.node(tenant_id, tool_name)
+            if node and node.is_live:  # somebody else came first
+                return self._as_wished(node, order, image)
+            return self._begin(tenant_id, order, image, node)
+
+    def update(self, tenant_id: str, tool_name: str, cfg: dict, image: str | None) -> Node:
+        """The tool's node, begun anew.  Raises ApiError 404 where there was none."""
+        order, image = self._order(tool_name, cfg, image)
+        self.known(tenant_id, tool_name)
+        self._make_room()
+        with self._lock:
+            return self._begin(tenant_id, order, image, self.known(tenant_id, tool_name))
+
+    def find(self, tenant_id: str, tool_name: str) -> Node:
+        """A tool's node as it is now.  Raises ApiError 404."""
+        return self._refresh(self.known(tenant_id, tool_name))
+
+    def known(self, tenant_id: str, tool_name: str) -> Node:
+        """A tool's node as it was last seen, to be asked something.  Raises ApiError 404."""
+        node = self._registry.node(tenant_id, tool_name)
+        if node is None:
+            raise ApiError(404, "the tenant %s has no tool %s: create it first" % (tenant_id, tool_name))
+        return node
+
+    def count(self) -> int:
+        """How many nodes run, or are being started."""
+        return sum(node.is_live for node in self._registry.nodes())
+
+    def remove(self, tenant_id: str, tool_name: str) -> Node:
+        """Remove a tool, with all that belongs to it.  The message says what is not removed yet."""
+        with self._lock:
+            node = self.known(tenant_id, tool_name)
+            self._registry.forget(node)
+        self._join(node.node_id)  # who begins it sees that it is not wanted any more
+        failure = self._remove(self._runtimes[node.runtime], node.node_id)
+        return replace(
+            node, status="exited", message=failure and "it is being removed, which may take long: " + failure
+        )
+
+    def nodes(self, tenant_id: str) -> list:
+        """All nodes of a tenant as they are now."""
+        return self._in_parallel(self._refresh, self._registry.nodes(tenant_id))
+
+    @staticmethod
+    def _in_parallel(function, nodes):
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(PARALLEL_LOOKS) as pool:
+            return list(pool.map(function, nodes))
+
+    def ask(self, node: Node, method: str, path: str, value: object, client: object) -> object:
+        """What a running node answers: the `output`.  Raises ApiError with the node's own refusal, ClientGone.
+
+        client: the socket of whoever waits for it; its hang-up ends the call.
+        """
+        if node.status != "running":
+            why = "is still being started; ask again soon" if node.status == "pending" else "is %s" % node.status
+            message = "the tool %s %s%s" % (node.name, why, ": %s" % node.message if node.message else "")
+            raise ApiError(409, message, code=node.status)
+        # It may have to wait for another call's end first, and for a new process to load the tool.
+        seconds = 2 * self._settings.request_timeout + rock_ms.TOOL_LOAD_SECONDS + GRACE_SECONDS
+        try:
+            return self._client.ask(node, method, path, value, client, seconds)
+        except rock_ms.UpstreamError as error:
+            now = self._refresh(node)
+            why = now.message if now.status != "running" else str(error)
+            raise ApiError(error.status, "the tool %s does not answer: %s" % (node.name, why)) from None
+
+    # How nodes come and go.
+
+    def _order(self, tool_name, cfg, image):
+        """What a node for that tool is begun with, and its image.  Raises ApiError 404 for a tool that there is not."""
+        path = None
+        if tool_name not in rock_ms.BUILT_IN_TOOLS:
+            path = os.path.join(self._settings.tool_dir or "", tool_name + ".py")
+            if not self._settings.tool_dir or not os.path.isfile(path):
+                raise ApiError(404, "there is no tool %s: %s" % (tool_name, self._known_tools(tool_name)))
+        image = self._image(image)
+        environ = {}
+        if image == self._settings.tool_image:  # or whoever names an image could read what is the operator's
+            environ = {name: os.environ[name] for name in self._settings.tool_env if name in os.environ}
+        return NodeOrder(tool_name, path, cfg, environ, self._settings.request_timeout), image
+
+    def _known_tools(self, tool_name):
+        own = []
+        with contextlib.suppress(OSError):
+            own = sorted(os.listdir(self._settings.tool_dir)) if self._settings.tool_dir else []
+        known = [*rock_ms.BUILT_IN_TOOLS, *(name[:-3] for name in own if name.endswith(".py"))]
+        hint = rock_ms.did_you_mean(tool_name, known).lstrip("; ")
+        return hint if self._settings.tool_dir else hint + "; own ones need the manager's --tool-dir"
+
+    def _image(self, image):
+        """The image to use.  The name that the original's documents give stands for the manager's own choice."""
+        if not image or image.partition(":")[0] == ORIGINAL_IMAGE:
+            return self._settings.tool_image
+        try:
+            return _as_image(image)
+        except ValueError as error:
+            raise ApiError(400, "tool_image %s" % error, param="tool_image") from None
+
+    def _wish(self, node_id, order, image):
+        """A digest that tells whether something else is asked for; no key can be guessed from it by looking it up."""
+        text = json.dumps([node_id, order.tool_cfg, order.tool_file, image], sort_keys=True)
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+    def _as_wished(self, node, order, image):
+        if node.wish == self._wish(node.node_id, order, image):
+            return node
+        message = "the tool is there already, with another tool_cfg or tool_image: /update_tool_service begins it anew"
+        return replace(node, message=message)
+
+    def _make_room(self):
+        """Where there seem to be as many nodes as may be, see which of them have ended."""
+        nodes = self._registry.nodes()
+        if sum(node.is_live for node in nodes) >= self._settings.max_nodes:
+            self._in_parallel(self._refresh, nodes)
+
+    def _begin(self, tenant_id, order, image, old):
+        """Begin a node in place of `old`, which may be None.  Called with the lock held."""
+        if self._stopping.is_set():
+            raise ApiError(503, "the tool manager is stopping")
+        nodes = [node for node in self._registry.nodes() if node.is_live and node != old]
+        if len(nodes) >= self._settings.max_nodes:
+            raise ApiError(503, "%d tools run already, as many as may: remove one first" % len(nodes))
+        node_id = uuid.uuid4().hex
+        node = Node(tenant_id, order.tool_name, node_id, self._settings.runtime, image=image)
+        node = replace(node, api_key=uuid.uuid4().hex, wish=self._wish(node_id, order, image))
+        # What is replaced may still be about to take its port.
+        node = replace(node, port=self._free_port(nodes, [old.port] if old else []))
+        self._registry.put(node)
+        try:
+            self._in_background("start", node_id, self._start, node, order, old)
+        except ApiError as error:
+            self._registry.change(node, status="failed", message=str(error), port=None)
+            raise
+        return node
+
+    def _free_port(self, nodes, tried=()):
+        """The lowest port, from the first on, that neither a node nor another program has."""
+        taken = {node.port for node in nodes} | set(tried)
+        for port in range(self._settings.first_node_port, 65536):
+            if port not in taken and is_free_port(port):
+                return port
+        raise ApiError(503, "no port is free from %d on" % self._settings.first_node_port)
+
+    def _start(self, node, order, old):
+        """In a thread of its own: begin a node, and wait for its answer."""
+        try:
+            failure = self._failure_to_start(node, order, old)
+            if failure is None and self._registry.change(node, status="running"):
+                self._logger.info("%s runs", node.name)
+            elif self._stopping.is_set():
+                self._end(node, "exited", STOPPED)
+            else:
+                self._end(node, "failed", order.without_secrets(failure or UNWANTED))
+        except StorageError as error:
+            self._logger.error("starting %s met: %s", node.name, error)
+            self._remove(self._runtimes[node.runtime], node.node_id)
+
+    def _failure_to_start(self, node, order, old):
+        """Why it did not start; None where it runs."""
+        runtime = self._runtimes[node.runtime]
+        try:
+            if old:
+                self._remove(self._runtimes[old.runtime], old.node_id)
+            runtime.prepare(node, partial(self._is_unwanted, node))
+            while not self._slots.acquire(timeout=LOOK_SECONDS):
+                if self._is_unwanted(node):
+                    return UNWANTED
+            try:
+                return self._start_on_some_port(node, order, runtime)
+            finally:
+                self._slots.release()
+        except (NodeError, ApiError) as error:
+            return str(error)
+        except StorageError as error:
+            self._logger.error("starting %s met: %s", node.name, error)
+            return str(rock_ms.storage_failure())
+        except OSError as error:
+            return "a file of the tool cannot be read: %s" % error.strerror
+        except Exception as error:
+            self._logger.exception("starting %s failed", node.name)
+            return "internal error (%s); the manager's own log has the details" % type(error).__name__
+
+    def _start_on_some_port(self, node, order, runtime):
+        """As `_failure_to_start`.  Another program may take a port between our look at it and the node's start."""
+        tried = []
+        for _ in range(PORT_ATTEMPTS):
+            if self._is_unwanted(node):
+                return UNWANTED
+            try:
+                runtime.begin(node, order, partial(self._is_unwanted, node))
+                return self._wait_for_answer(node, runtime)
+            except PortTaken:
+                runtime.remove(node.node_id)
+                tried.append(node.port)
+                node = self._on_another_port(node, tried)
+        return "its ports are taken by other programs: %s" % ", ".join(map(str, tried))
+
+    def _on_another_port(self, node, tried):
+        with self._lock:
+            port = self._free_port([other for other in self._registry.nodes() if other.is_live], tried)
+            self._registry.change(node, port=port)
+        return replace(node, port=port)
+
+    def _wait_for_answer(self, node, runtime):
+        """As `_failure_to_start`.  Raises PortTaken."""
+        deadline, pause, next_look = time.monotonic() + NODE_START_SECONDS, 0.02, 0.0
+        while not self._client.is_there(node):
+            if time.monotonic() >= next_look:
+                ended = runtime.ended(node)
+                if ended:
+                    return self._last_words(node, runtime, ended[1])
+                next_look = time.monotonic() + LOOK_SECONDS
+            if self._is_unwanted(node):
+                return UNWANTED
+            if time.monotonic() > deadline:
+                return self._last_words(node, runtime, "it did not answer within %g s" % NODE_START_SECONDS)
+            self._stopping.wait(pause)
+            pause = min(1.5 * pause, MAX_PAUSE_SECONDS)
+        return None
+
+    def _last_words(self, node, runtime, how):
+        said = runtime.said(node)
+        if re.search(r"^rock-ms: cannot listen on ", said, re.MULTILINE):
+            raise PortTaken(said)
+        return last_words(how, said)
+
+    def _is_unwanted(self, node):
+        try:
+            now = self._registry.node(node.tenant_id, node.tool_name)
+        except StorageError:  # for a moment, as others write to it
+            return self._stopping.is_set()
+        return self._stopping.is_set() or now is None or now.node_id != node.node_id
+
+    def _refresh(self, node):
+        """The node as it is now; of one that has ended, what is left is removed."""
+        if node.status == "pending":
+            return self._refresh_pending(node)
+        if node.status != "running" or self._client.is_there(node):
+            return node
+        try:
+            ended = self._runtimes[node.runtime].ended(node)
+        except NodeError as error:
+            return replace(node, message="it does not answer, and %s" % error)
+        if ended is None:
+            return replace(node, message="it runs, and does not answer")
+        # What it said is not told: a tool that has run may have printed the keys of any of its calls.
+        return self._end(node, "failed" if ended[0] else "exited", ended[1], is_waited_for=False)
+
+    def _refresh_pending(self, node):
+        """As `_refresh`.  The thread that begins a node may have ended without being able to note it."""
+        with self._lock:
+            is_being_started = ("start", node.node_id) in self._threads
+        if is_being_started:
+            return node
+        now = self._registry.node(node.tenant_id, node.tool_name) or replace(node, status="exited", message=UNWANTED)
+        if now.node_id != node.node_id or now.status != "pending":
+            return now
+        return self._end(now, "failed", "the tool manager's registry could not be written; create it again")
+
+    def _end(self, node, status, message, is_waited_for=True):
+        """Note the end of a node, and remove what is left of it; the tool's node as it is now.
+
+        is_waited_for: else a thread removes it, as an engine takes its time.
+        """
+        runtime = self._runtimes[node.runtime]
+        try:
+            is_current = self._registry.change(node, status=status, message=message, port=None)
+        finally:
+            if is_waited_for:
+                self._remove(runtime, node.node_id)
+        if not is_waited_for:
+            with self._lock:
+                if ("remove", node.node_id) not in self._threads:
+                    self._in_background("remove", node.node_id, self._remove, runtime, node.node_id)
+        if is_current:
+            log = self._logger.warning if status == "failed" else self._logger.info
+            log("%s is %s: %s", node.name, status, rock_ms.printable(message))
+            return replace(node, status=status, message=message, port=None)
+        return self._registry.node(node.tenant_id, node.tool_name) or replace(node, status="exited", message=UNWANTED)
+
+
+# ======================================================================================================================
+# Tool service: the manager over HTTP, with modelscope-agent's requests and answers.
+# ======================================================================================================================
+
+_NAMES = ("tool_name", "tenant_id", "openapi_name")  # what becomes part of paths, commands and of other names
+_NAME = {"type": "string", "pattern": TOOL_NAME.replace(r"\Z", "$")}
+_TOOL = {"tool_name": {**_NAME, "description": "a built-in tool, or one of the manager's tool_dir"}}
+_TENANT = {"tenant_id": {**_NAME, "default": "default", "description": "whose tool it is"}}
+_MAKING = {
+    "tool_cfg": {"type": "object", "default": {}, "description": "what the tool is made with"},
+    "tool_image": {"type": "string", "description": "an image with Python; by default the manager's tool_image"},
+    "tool_url": {"type": "string", "enum": [""], "description": "not supported: tools come from the tool_dir"},
+}
+_PARAMS = {"description": "the arguments: an object, or its JSON text", "type": ["string", "object"]}
+_CALLING = {"params": _PARAMS, "kwargs": {"type": "object", "default": {}, "description": "more, for the tool's code"}}
+_DOCUMENT = {"openapi_name": {**_NAME, "description": "the name of an OpenAPI document"}}
+_OPERATION = {
+    "operation_id": {"type": "string", "description": "the operation; else url and method say which"},
+    "url": {"type": "string", "description": "with the path parameters filled in"},
+    "method": {"type": "string", "default": "GET"},
+    "params": {**_PARAMS, "description": "the operation's arguments; with a url, those of its query"},
+    "headers": {"type": "object", "default": {}},
+    "cookies": {"type": "object", "default": {}},
+    "data": {"description": "the body"},
+}
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Something that the service can be asked for.
+
+    takes: JSON Schemas of its fields by name, which may stand in a JSON body and in the query.  needs: those that must
+    be there.  answer: (tenant, fields, request) -> Reply.
+    """
+
+    methods: tuple
+    path: str
+    summary: str
+    takes: dict
+    needs: tuple
+    answer: object
+
+    def schema(self) -> dict:
+        """Of all its fields."""
+        return {"type": "object", "properties": self.takes, "required": list(self.needs), "additionalProperties": False}
+
+    def fields_of(self, request: rock_ms.Request) -> dict:
+        """The fields of a request.  Raises ApiError 400."""
+        values = {**self._from_query(request.head.query or ""), **(request.json()[1] if request.body.strip() else {})}
+        values = {name: value for name, value in values.items() if value is not None}
+        for name in _NAMES:
+            if isinstance(values.get(name), str) and not re.match(TOOL_NAME, values[name]):
+                message = "%s must be 1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first"
+                raise ApiError(400, message % name, param=name)
+        try:
+            rock_ms.check_arguments(values, self.schema())
+        except ValueError as error:
+            raise ApiError(400, str(error)) from None
+        defaults = {name: spec["default"] for name, spec in self.takes.items() if "default" in spec}
+        return {**defaults, **values}
+
+    def _from_query(self, query):
+        from urllib.parse import parse_qsl
+
+        pairs = parse_qsl(query, keep_blank_values=True)
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            raise ApiError(400, "the query says something twice")
+        for name, text in values.items():
+            if self.takes.get(name, {}).get("type") == "object":
+                try:
+                    values[name] = rock_ms.parse_json(text)
+                except ValueError as error:
+                    raise ApiError(400, "%s is not JSON: %s" % (name, error), param=name) from None
+        return values
+
+    def described(self) -> dict:
+        """Its part of an OpenAPI document."""
+        answers = {"200": {"description": "{request_id, message, output}"}}
+        answers["default"] = {"description": "{request_id, message}: what was wrong"}
+        said = {"summary": self.summary, "responses": answers}
+        parameters = [
+            {"name": name, "in": "query", "required": name in self.needs, "schema": spec}
+            for name, spec in self.takes.items()
+        ]
+        body = {"content": {"application/json": {"schema": self.schema()}}}
+        return {
+            method.lower(): {**said, **({"parameters": parameters} if method == "GET" else {"requestBody": body})}
+            for method in self.methods
+        }
+
+
+class ToolService:
+    """The endpoints of the tool manager.
+
+    manager: a ToolManager.  operations: an Operations.  settings: ManagerSettings.
+    """
+
+    def __init__(self, manager: ToolManager, operations: Operations, settings: ManagerSettings, warning: str = ""):
+        self._manager = manager
+        self._operations = operations
+        self._settings = settings
+        self.about = "tools run as %s%s" % (
+            {"docker": "containers", "process": "processes"}[settings.runtime],
+            "; " + warning if warning else "",
+        )
+        making, calling = {**_TOOL, **_TENANT, **_MAKING}, {**_TOOL, **_TENANT, **_CALLING}
+        chosen, post, both = {**_TOOL, **_TENANT}, ("POST",), ("GET", "POST")
+        document = {**_DOCUMENT, **_TENANT, "openapi_schema": {"type": "object", "description": "given to register it"}}
+        operation, named = {**_DOCUMENT, **_TENANT, **_OPERATION}, ("tool_name",)
+        self._endpoints = [
+            Endpoint(post, "/create_tool_service", "Create a tool instance", making, named, self.create),
+            Endpoint(both, "/check_tool_service_status", "Get a tool's status", chosen, named, self.status),
+            Endpoint(post, "/update_tool_service", "Begin a tool anew", making, named, self.update),
+            Endpoint(post, "/remove_tool", "Remove a tool instance", chosen, named, self.remove),
+            Endpoint(("GET",), "/tools", "Get a tenant's tools", _TENANT, (), self.tools),
+            Endpoint(both, "/tool_info", "Get a tool's description", chosen, named, self.tool_info),
+            Endpoint(post, "/execute_tool", "Execute a tool", calling, named, self.execute_tool),
+            Endpoint(post, "/openapi_schema", "Get or register a document", document, ("openapi_name",), self.document),
+            Endpoint(post, "/execute_openapi", "Execute an operation of a document", operation, (), self.operate),
+        ]
+
+    def routes(self) -> list:
+        """The route table."""
+        routes = [
+            rock_ms.Route(method, endpoint.path, self._handler(endpoint), is_body_optional=True)
+            for endpoint in self._endpoints
+            for method in endpoint.methods
+        ]
+        routes.append(rock_ms.Route("GET", "/openapi.json", lambda _: rock_ms.json_reply(self.description()), True))
+        routes.append(rock_ms.Route("GET", "/docs", lambda _: docs_page(self.description()), True))
+        return routes
+
+    def _handler(self, endpoint):
+        def handle(request):
+            origin = request.head.header("origin")
+            if origin is not None:  # also where it is our own: a name that leads here may be anybody's
+                raise ApiError(403, "a page of %s may not use this service from a browser" % origin)
+            tenant = self._tenant_of(request.head)
+            values = endpoint.fields_of(request)
+            asked = values.get("tenant_id")
+            is_default = asked == "default" and asked not in self._settings.tenant_keys  # as clients send unasked
+            if tenant is not None and asked != tenant and not is_default:
+                raise ApiError(403, "the tenant of this key is %s, not %s" % (tenant, asked))
+            return endpoint.answer(tenant or asked, values, request)
+
+        return handle
+
+    def authorise(self, head: rock_ms.RequestHead) -> None:
+        """Raises ApiError 401 for a request without the right key, where one is asked for."""
+        self._tenant_of(head)
+
+    def _tenant_of(self, head):
+        """The tenant whose key it is; None for a caller who may speak for all.  Raises ApiError 401."""
+        keys = [(None, self._settings.api_key)] if self._settings.api_key else []
+        keys += self._settings.tenant_keys.items()
+        if not keys:
+            return None
+        scheme, _, token = (head.header("authorization") or "").strip().partition(" ")
+        given = token.strip() if scheme.lower() == "bearer" else scheme  # modelscope-agent's client sends the key bare
+        tenants = [tenant for tenant, key in keys if rock_ms.is_same_key(given, key)]
+        if not tenants:
+            raise rock_ms.unauthorised()
+        return tenants[0]
+
+    def gauges(self) -> dict:
+        """Numbers for /metrics."""
+        return {"rock_tool_nodes": self._manager.count()}
+
+    def start(self) -> None:
+        """Find the nodes of an earlier manager.  Raises StorageError."""
+        self._manager.adopt()
+
+    def stop(self) -> None:
+        """Begin no more nodes."""
+        self._manager.stop()
+
+    def close(self) -> None:
+        """End what is left."""
+        self._operations.close()
+        self._manager.close()
+
+    def create(self, tenant, values, request):
+        """Begin a tool's node."""
+        return _node_reply(self._manager.create(tenant, *_making(values)))
+
+    def update(self, tenant, values, request):
+        """Begin a tool's node anew."""
+        return _node_reply(self._manager.update(tenant, *_making(values)))
+
+    def status(self, tenant, values, request):
+        """What a tool's node is doing."""
+        return _node_reply(self._manager.find(tenant, values["tool_name"]))
+
+    def remove(self, tenant, values, request):
+        """Remove a tool's node."""
+        return _node_reply(self._manager.remove(tenant, values["tool_name"]))
+
+    def tools(self, tenant, values, request):
+        """All tools of a tenant, with their states."""
+        tools = {node.name: node.status for node in self._manager.nodes(tenant)}
+        return rock_ms.envelope({"tools": tools}, status_code=200)
+
+    def tool_info(self, tenant, values, request):
+        """What the tool says of itself."""
+        node = self._manager.find(tenant, values["tool_name"])
+        return rock_ms.envelope(self._manager.ask(node, "GET", "/tool_info", None, request.sock))
+
+    def execute_tool(self, tenant, values, request):
+        """Call the tool."""
+        node = self._manager.known(tenant, values["tool_name"])
+        request_id = rock_ms.new_request_id()
+        call = {"params": values.get("params"), "kwargs": values["kwargs"], "request_id": request_id}
+        output = self._manager.ask(node, "POST", "/execute_tool", call, request.sock)
+        return rock_ms.envelope(output, request_id=request_id)
+
+    def document(self, tenant, values, request):
+        """Register an OpenAPI document, or return it."""
+        name = values["openapi_name"]
+        if "openapi_schema" in values:
+            return rock_ms.envelope(self._operations.register(tenant, name, values["openapi_schema"]))
+        return rock_ms.envelope(self._operations.document(tenant, name))
+
+    def operate(self, tenant, values, request):
+        """Execute an operation of a registered document."""
+        call = self._operations.find(tenant, values)
+        return rock_ms.envelope(self._operations.call(call, request.sock))
+
+    def description(self) -> dict:
+        """The OpenAPI document of this service."""
+        return {
+            "openapi": "3.1.0",
+            "info": {"title": "Tool manager", "version": rock_ms.__version__},
+            "paths": {endpoint.path: endpoint.described() for endpoint in self._endpoints},
+        }
+
+
+def _making(values):
+    """What a tool is made from."""
+    return values["tool_name"], values["tool_cfg"], values.get("tool_image")
+
+
+def _node_reply(node):
+    return rock_ms.envelope({"tool_node_name": node.name, "status": node.status}, node.message)
+
+
+def docs_page(description: dict) -> rock_ms.Reply:
+    """An OpenAPI document as a page for people; it needs nothing from elsewhere."""
+    from html import escape
+
+    rows = []
+    for path, methods in description["paths"].items():
+        for method, said in methods.items():
+            schema = said["requestBody"]["content"]["application/json"]["schema"] if "requestBody" in said else None
+            shown = schema["properties"] if schema else {item["name"]: item["schema"] for item in said["parameters"]}
+            takes = "\n".join("%s: %s" % (name, rock_ms.dump_json(spec)) for name, spec in shown.items())
+            cells = (method.upper(), path, said["summary"], takes)
+            rows.append("<tr><td>%s<td><code>%s</code><td>%s<td><pre>%s</pre></tr>" % tuple(map(escape, cells)))
+    title = escape(description["info"]["title"])
+    page = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>%s</title><style>
+body { font: 15px sans-serif; margin: 2em } td { padding: .4em 1em; vertical-align: top } pre { margin: 0 }</style>
+<h1>%s</h1><p>As OpenAPI: <a href="openapi.json">openapi.json</a>. Answers are
+<code>{request_id, message, output}</code>, errors <code>{request_id, message}</code>.</p><table>%s</table></html>
+"""
+    body = (page % (title, title, "\n".join(rows))).encode("utf-8")
+    return rock_ms.Reply(200, body, "text/html; charset=utf-8")
+
+
+def tool_manager_server(settings: ManagerSettings, data_dir: str, logger) -> rock_ms.Server:
+    """A tool manager with its HTTP server and its registry in `data_dir`.  Raises RockError."""
+    registry = ToolRegistry(os.path.join(data_dir, REGISTRY_NAME))
+    runtimes = {
+        "process": ProcessRuntime(os.path.join(data_dir, "nodes")),
+        "docker": DockerRuntime(registry.manager_id, settings.limits(), settings.docker),
+    }
+    manager = ToolManager(registry, runtimes, settings, logger)
+    operations = Operations(registry, settings.request_timeout)
+    service = ToolService(manager, operations, settings, runtimes[settings.runtime].warning)
+    options = {"authorise": service.authorise, "error_reply": rock_ms.envelope_error}
+    return rock_ms.Server(service, settings, logger, **options)
+
+
+# ======================================================================================================================
+# Tool clients: a tool of the tool manager, for an agent.
+# ======================================================================================================================
+
+
+class ToolError(RockError):
+    """The tool manager refused, or a tool failed.  status: the HTTP status, None where nobody answered."""
+
+    def __init__(self, message, status=None):
+        super().__init__(message)
+        self.status = status
+
+
+class ToolServiceProxy:
+    """A tool that runs in the tool manager, with modelscope-agent's class's arguments and attributes.
+
+    tool_cfg: what the tool is made with.  tool_service_manager_url: by default TOOL_MANAGER_SERVICE_URL, else port
+    31511 of this machine.  user_token: sent along as X-Modelscope-Agent-Token.  timeout: how many seconds the tool may
+    take to run.  TOOL_MANAGER_AUTH is the manager's key.  name, description, parameters: what the tool says of itself.
+
+    Raises ToolError with the reason where the tool does not run.
+    """
+
+    def __init__(
+        self,
+        tool_name: str,
+        tool_cfg: dict | None = None,
+        tenant_id: str = "default",
+        tool_service_manager_url: str | None = None,
+        user_token: str | None = None,
+        timeout: float = CREATE_SECONDS,
+    ):
+        self.tool_name = tool_name
+        self.tool_cfg = tool_cfg or {}
+        self.tenant_id = tenant_id
+        url = tool_service_manager_url or os.environ.get("TOOL_MANAGER_SERVICE_URL") or DEFAULT_MANAGER_URL
+        self.tool_service_manager_url = url.rstrip("/")
+        self.user_token = user_token
+        message = self._ask("/create_tool_service", {"tool_cfg": self.tool_cfg})[1]
+        if message:
+            logger.warning("%s: %s", tool_name, message)
+        self._wait_until_running(timeout)
+        info = self._ask("/tool_info")[0]
+        try:
+            self.name, self.description, self.parameters = (info[key] for key in ("name", "description", "parameters"))
+        except (LookupError, TypeError):
+            raise ToolError("the tool %s does not say what it is" % tool_name) from None
+
+    def call(self, params: str | dict, **kwargs) -> object:
+        """What the tool answers.  params: an object of arguments, or its JSON text.  Raises ToolError."""
+        call = {"params": params, "kwargs": kwargs}
+        return self._ask("/execute_tool", call, kwargs.get("user_token", self.user_token))[0]
+
+    def _wait_until_running(self, timeout):
+        deadline, pause = time.monotonic() + timeout, 0.05
+        while True:
+            output, message = self._ask("/check_tool_service_status")
+            if output["status"] == "running":
+                return
+            if output["status"] != "pending":
+                raise ToolError("the tool %s is %s: %s" % (self.tool_name, output["status"], message))
+            if time.monotonic() > deadline:
+                raise ToolError("the tool %s is still being started after %g s" % (self.tool_name, timeout))
+            time.sleep(pause)
+            pause = min(1.5 * pause, 2.0)
+
+    @staticmethod
+    def _keys(user_token):
+        """The headers that hold keys, checked here: http.client's own error would show them."""
+        keys = {"Authorization": os.environ.get("TOOL_MANAGER_AUTH", "").strip()}
+        keys.update({"X-Modelscope-Agent-Token": user_token} if user_token else {})
+        for name, value in keys.items():
+            if not isinstance(value, str) or not re.match(r"[\x20-\x7e]*\Z", value):
+                raise ToolError("the key for %s must be printable ASCII" % name)
+        return keys
+
+    def _ask(self, path, more=None, user_token=None):
+        """(output, message) of an answer."""
+        import urllib.error
+        import urllib.request
+
+        value = {"tool_name": self.tool_name, "tenant_id": self.tenant_id, **(more or {})}
+        try:
+            body = rock_ms.dump_json(value).encode("utf-8")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ToolError("what the tool is given cannot be sent as JSON: %s" % error) from None
+        headers = {"Content-Type": "application/json", **self._keys(user_token or self.user_token)}
+        try:
+            request = urllib.request.Request(self.tool_service_manager_url + path, body, headers)
+            with _opener(self.tool_service_manager_url).open(request, timeout=CREATE_SECONDS) as response:
+                answer = _parsed(response.read(MAX_ANSWER_BYTES))
+            return answer["output"], answer.get("message", "")
+        except urllib.error.HTTPError as error:
+            with error:
+                raise ToolError(_error_said(error), error.code) from None
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+            message = "no tool manager answers at %s: %s"
+            raise ToolError(message % (self.tool_service_manager_url, getattr(error, "reason", error))) from None
+
+
+def _opener(url):
+    """Who sends a request: on this machine directly, elsewhere as HTTP_PROXY and NO_PROXY say."""
+    import urllib.request
+    from urllib.parse import urlsplit
+
+    is_here = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+    return rock_ms.direct_opener(*([urllib.request.ProxyHandler({})] if is_here else []))
+
+
+def _parsed(data):
+    try:
+        return rock_ms.parse_json(data.decode("utf-8"))
+    except ValueError as error:
+        raise ValueError("its answer is not JSON: %s" % error) from None
+
+
+def _error_said(error):
+    """What a tool manager's error says."""
+    said = error.read(READ_BYTES).decode("utf-8", "replace")
+    try:
+        return str(rock_ms.json_object(said, "it")[1]["message"])
+    except (ValueError, LookupError):
+        return "the tool manager answered %d: %s" % (error.code, said[:MAX_SAID_CHARACTERS])
+
+
+# ======================================================================================================================
+# Command line: the agent servers, started and stopped as `rock_ms.py` starts and stops a model service.
+# ======================================================================================================================
+
+_EXAMPLES = {
+    "start": """examples:
+  %(prog)s --type tool-manager                       tools in containers, on 127.0.0.1:31511
+  %(prog)s --type tool-manager --runtime process     without docker, for a first try: it isolates nothing
+  %(prog)s --type tool-manager --tool-dir tools      with your own tools, tools/NAME.py
+  %(prog)s --type tool-manager --foreground          stay here and show each request; Ctrl-C ends it
+
+Every setting can also be given in --config-file, by its name; see the README's table.""",
+}
+
+
+def manager_state(data_dir: str) -> rock_ms.ServiceState:
+    """Which tool manager, if any, runs on a data directory."""
+    return rock_ms.ServiceState(data_dir, "tool-manager", "tool manager")
+
+
+def command_start(args) -> int:
+    """Run a server, here or in the background."""
+    flags = rock_ms.given_settings(ManagerSettings, args)
+    settings = rock_ms.resolve_settings(ManagerSettings, flags, os.environ, args.config_file)
+    settings.check()
+    data_dir = rock_ms.resolve_data_dir(args.data_dir, os.environ)
+    log_path = os.path.join(data_dir, "tool-manager.log")
+    try:
+        os.makedirs(data_dir, exist_ok=True)
+    except OSError as error:
+        raise StorageError("cannot make %s: %s; give another --data-dir" % (data_dir, error.strerror)) from None
+    state = manager_state(data_dir)
+    if args.foreground:
+        is_loud = args.ready_fd is None
+
+        def open_server(_, server_logger, __):
+            return tool_manager_server(settings, data_dir, server_logger)
+
+        service = rock_ms.serving(state, settings, {}, open_server, log_path, is_loud)
+        return rock_ms.run_service(state, args.ready_fd, service)
+    words, secrets = rock_ms.passed_on(ManagerSettings, flags, data_dir, args.config_file)
+    command = [*rock_ms.interpreter(), os.path.abspath(__file__), "start", *words]
+    running = rock_ms.start_in_background(state, command, secrets, log_path)
+    url = "http://" + rock_ms.host_and_port(running["host"], running["port"])
+    rock_ms.say("tool manager started: pid %d, %s, %s" % (running["pid"], url, running["about"]))
+    for warning in settings.warnings():
+        rock_ms.complain(warning, PROGRAM)
+    return 0
+
+
+def command_stop(args) -> int:
+    """End what `start` began, and its tools, unless it was told to keep them."""
+    data_dir = rock_ms.resolve_data_dir(args.data_dir, os.environ)
+    code = rock_ms.stop_service(manager_state(data_dir), REMOVE_SECONDS)
+    path = os.path.join(data_dir, REGISTRY_NAME)
+    if os.path.isfile(path):
+        live = []
+        with contextlib.suppress(StorageError), contextlib.closing(ToolRegistry(path)) as registry:
+            live = [node.name for node in registry.nodes() if node.is_live]
+        if live:
+            message = "%d tools go on: %s; start it again on this directory, and stop it, to end them"
+            rock_ms.complain(message % (len(live), ", ".join(live[:10])), PROGRAM)
+    return code
+
+
+def build_parser(prog: str):
+    """The parser of all commands."""
+    parser, commands = rock_ms.command_parser(
+        prog, "Agent servers: the tool manager.", "Each command has its own --help, with examples."
+    )
+    start = rock_ms.add_command(commands, "start", command_start, "start a server in the background", _EXAMPLES)
+    rock_ms.add_settings(start, ManagerSettings)
+    stop = rock_ms.add_command(commands, "stop", command_stop, "stop a server", _EXAMPLES)
+    stop.add_argument("--type", choices=["tool-manager"], default="tool-manager", help="which one")
+    return parser
+
+
+def main(argv: list | None = None) -> int:
+    """Run one command; return its exit code: 0 done, 1 failed, 2 bad usage."""
+    rock_ms.open_standard_streams()
+    words = sys.argv[1:] if argv is None else list(argv)
+    return rock_ms.run_command(build_parser(os.path.basename(sys.argv[0] or PROGRAM)), words, PROGRAM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

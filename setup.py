@@ -22,7 +22,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.7",
     py_modules=["rock_ms", "rock_sdk"],
-    entry_points={"console_scripts": ["rock = rock_ms:main", "rock-ms = rock_ms:main"]},
+    entry_points={
+        "console_scripts": ["rock = rock_ms:main", "rock-ms = rock_ms:main", "rock-agent-servers = rock_sdk:main"]
+    },
     classifiers=[
         "Environment :: Console",
         "Operating System :: POSIX",

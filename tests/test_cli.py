@@ -508,7 +508,9 @@ def test_rocks_own_spelling_is_understood(tmp_path):
 
 
 @pytest.mark.everywhere
-@pytest.mark.parametrize("name, words", [("rock", ["model-service"]), ("rock-ms", ["model-service"])])
+@pytest.mark.parametrize(
+    "name, words", [("rock", ["model-service"]), ("rock-ms", ["model-service"]), ("rock-agent-servers", [])]
+)
 def test_installed_command_is_the_same_program(name, words):
     command = os.path.join(sysconfig.get_path("scripts"), name)
     if not os.path.exists(command):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 import rock_ms
 import rock_sdk
 import sandboxes
+from managers import FakeRuntime, assert_nothing_left, managing
 from support import SCRIPT, TIMEOUT, Later, clean_environ, completion, run_cli, wait_until
 
 README = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "README.md")
@@ -25,10 +27,13 @@ def code(name):
     return "`%s`" % name if name else ""
 
 
-def test_settings_table_is_the_dataclass(readme):
+@pytest.mark.parametrize(
+    "title, settings", [("name", rock_ms.ServiceSettings), ("tool manager", rock_sdk.ManagerSettings)]
+)
+def test_settings_table_is_the_dataclass(readme, title, settings):
     rows = []
-    for spec in rock_ms.fields(rock_ms.ServiceSettings):
-        default = getattr(rock_ms.ServiceSettings(), spec.name)
+    for spec in rock_ms.fields(settings):
+        default = getattr(settings(), spec.name)
         if spec.name == "proxy_rules":
             shown = "ROCK's two"
         elif default in (None, {}, ()):
@@ -36,11 +41,11 @@ def test_settings_table_is_the_dataclass(readme):
         elif isinstance(default, tuple):
             shown = code(",".join(map(str, default)))
         else:
-            shown = "none" if default is None else code(str(default))
+            shown = code(str(default))
         meta = spec.metadata
         cells = (code(spec.name), code(meta["flag"]), code(meta["env"]), shown, meta["help"])
         rows.append(re.sub(" +", " ", "| %s | %s | %s | %s | %s |" % cells))
-    table = readme.split("| name | flag |")[1].split("\n\n")[0]
+    table = readme.split("| %s | flag |" % title)[1].split("\n\n")[0]
     assert [re.sub(" +", " ", row) for row in table.splitlines()[2:]] == rows
 
 
@@ -70,6 +75,7 @@ def test_demo_prints_what_is_shown(readme):
     assert [general(line) for line in shown if general(line) not in lines] == []
 
 
+@pytest.mark.load
 def test_loop_runs_as_shown(readme, tmp_path):
     """The section's commands, word for word but for the port, the agent and where python3 is."""
     section = readme.split("## The loop")[1].split("\n## ")[0]
@@ -134,6 +140,7 @@ open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "agent.done"), "w"
 """
 
 
+@pytest.mark.load
 def test_recording_replaying_and_routing_run_as_shown(readme, tmp_path, upstream):
     """The section's commands, word for word but for the ports, the servers' addresses and where python3 is."""
     section = readme.split("## Recording")[1].split("\n## ")[0]
@@ -170,6 +177,7 @@ def test_recording_replaying_and_routing_run_as_shown(readme, tmp_path, upstream
         run_cli("stop", check=0, env=environ)
 
 
+@pytest.mark.load
 def test_train_loop_runs_as_shown(readme, tmp_path):
     section = readme.split("## From outside")[1].split("\n## ")[0]
     train, agent = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[:2]
@@ -219,3 +227,78 @@ def test_tables_of_the_sdk_are_its_dataclasses(readme, title, config):
         assert default in (str(value), "none" if not value else None, "python", "as above")
     taken = readme.split("`agent_type`, `agent_name`")[1].split("are\ntaken, too")[0]
     assert all(config is rock_sdk.RockAgentConfig and name in "agent_type agent_name" + taken for name in defaults)
+
+
+def test_endpoints_table_of_the_tool_manager_has_every_route(readme, tmp_path):
+    table = readme.split("| endpoint | request,")[1].split("\n\n")[0]
+    with managing(tmp_path / "data", FakeRuntime()) as manager:
+        for path, methods in manager.server.http.router._exact.items():
+            if path not in ("/", "/health", "/metrics"):
+                first = "POST" if "POST" in methods else "GET"
+                row = next(row for row in table.splitlines() if "`%s %s`" % (first, path) in row)
+                assert ("or `GET`" in row) == (len(methods) == 2)
+        for endpoint in manager.server.service._endpoints:
+            row = next(row for row in table.splitlines() if "%s`" % endpoint.path in row)
+            for name in endpoint.takes if "as create" not in row else ():
+                assert "`%s`" % name in row or name in ("tool_url", "tenant_id")
+
+
+@pytest.fixture
+def tools_shell(tmp_path):
+    """Runs the commands of the section on tools, word for word but for the ports and where python3 is."""
+    if shutil.which("curl") is None:
+        pytest.skip("there is no curl")
+    ours = {spec.metadata["env"] for spec in rock_ms.fields(rock_sdk.ManagerSettings)}
+    manager_port, node_port = free_port(), free_port()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python3").symlink_to(sys.executable)
+    for module in (rock_ms, rock_sdk):
+        (tmp_path / os.path.basename(module.__file__)).symlink_to(module.__file__)
+    environ = {name: value for name, value in clean_environ().items() if name not in ours}
+    environ["PATH"] = "%s:%s" % (tmp_path / "bin", environ["PATH"])
+    environ["ROCK_MODEL_SERVICE_DATA_DIR"] = str(tmp_path / "data")
+    environ["TOOL_MANAGER_SERVICE_URL"] = "http://localhost:%d" % manager_port
+    environ["TMPDIR"] = str(tmp_path)
+    ports = " --port %d --first-node-port %d" % (manager_port, node_port)
+
+    def shell(text):
+        script = text.replace("31511", str(manager_port)).replace("31513", str(node_port))
+        script = script.replace("--type tool-manager", "--type tool-manager" + ports)
+        return subprocess.check_output(["sh", "-ec", script], cwd=str(tmp_path), env=environ, timeout=60).decode()
+
+    yield shell
+    for module in (rock_ms, rock_sdk):
+        run_cli("stop", script=module.__file__, check=0, env=environ)
+    assert_nothing_left(tmp_path / "data")
+    assert sandboxes.processes_with(str(tmp_path)) == []
+
+
+def section_on_tools(readme):
+    return readme.split("## Tools for agents")[1].split("\n## ")[0]
+
+
+@pytest.mark.load
+def test_first_tool_runs_as_shown(readme, tmp_path, tools_shell):
+    section = section_on_tools(readme)
+    start = re.search(r"```sh\n(.*?)```", section, re.DOTALL).group(1)
+    (tmp_path / "tool.py").write_text(re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1))
+    shown = re.search(r"```console\n(.*?)```", section, re.DOTALL).group(1).splitlines()
+    assert "tool manager started" in tools_shell(start)
+    commands = "\n".join(line[2:] for line in shown if line.startswith("$ "))
+    printed = tools_shell(commands)
+    lines = [line for line in shown if not line.startswith("$ ")]
+    assert re.sub("pid [0-9]+", "pid 4711", printed).splitlines() == lines
+
+
+@pytest.mark.load
+def test_tool_of_ones_own_runs_as_shown(readme, tmp_path, tools_shell):
+    section = section_on_tools(readme)
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "add.py").write_text(re.findall(r"```python\n(.*?)```", section, re.DOTALL)[1])
+    managed, alone = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)[1:]
+    name = '{"tool_node_name":"add_default","status":"%s"}'
+    outputs = [text for text in re.findall('"output":(.*)}', tools_shell(managed)) if text != name % "pending"]
+    assert outputs == ["42", name % "exited"]
+    printed = tools_shell(alone)
+    assert '"output":42}' in printed
+    assert "tool node stopped" in printed
