@@ -1097,7 +1097,6 @@ def session(shared_place):
     return shared_place
 
 
-@pytest.mark.everywhere
 @pytest.mark.parametrize(
     "shared_place, policy",
     [("local", policy) for policy in POLICIES] + [("rock", "function")],

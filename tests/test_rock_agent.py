@@ -401,7 +401,6 @@ def test_a_step_that_fails_is_named_with_the_end_of_what_it_said(step, tmp_path)
     assert step in said and "exit code 7" in said and said.endswith("no luck\nat all")
 
 
-@pytest.mark.everywhere
 @pytest.mark.parametrize("step", [step for step in STEPS if "start" not in step])  # whose time is not to be set
 def test_a_step_that_takes_too_long_is_named_and_killed_with_its_children(step, tmp_path):
     said = install_failing(step, "echo before; sleep 600 & sleep 600", tmp_path)

@@ -25,7 +25,8 @@ from rock_sdk import CallFailed, ChildOutput, DockerSandbox, LocalSandbox, Sandb
 from sandboxes import IMAGE, local_sandbox, need_engine, processes_with, run
 from support import TIMEOUT, Later, nothing_left, wait_until
 
-in_container = [pytest.mark.docker, pytest.mark.load]
+pytestmark = pytest.mark.load
+in_container = [pytest.mark.docker]
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +128,7 @@ async def cancel(task):
 # Commands: in and out.
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize(
     "command, output, exit_code, reason",
     [
@@ -252,6 +254,7 @@ def test_a_child_in_the_background_runs_on_and_delays_nothing(sandbox):
     wait_until(lambda: not alive(sandbox, text))
 
 
+@pytest.mark.everywhere
 def test_when_the_time_is_over_all_that_a_command_started_is_killed(sandbox):
     text, seconds = nap(), 2 if isinstance(sandbox, LocalSandbox) else 5  # an engine that is busy takes its time
     command = "trap '' TERM HUP INT; sh -c '(sleep {0}; true) & sleep {0}; true' & echo said; sleep {0}; true"
@@ -296,6 +299,7 @@ def test_a_command_that_is_cancelled_before_it_began_never_begins(local):
     assert arun(local, "[ ! -e began ]").exit_code == 0
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("steps", range(5))
 def test_a_command_that_is_cancelled_as_it_begins_leaves_nothing(local, steps):
     text = nap()
@@ -310,6 +314,7 @@ def test_a_command_that_is_cancelled_as_it_begins_leaves_nothing(local, steps):
     wait_for_end(local, text)
 
 
+@pytest.mark.everywhere
 def test_a_command_that_is_cancelled_while_it_runs_is_killed_with_all_that_it_started(sandbox):
     text = nap()
 
@@ -365,6 +370,7 @@ def test_many_commands_at_once_get_each_its_own_output(sandbox):
     assert [(seen.output, seen.exit_code) for seen in run(main())] == [("%d\n" % i, i) for i in range(count)]
 
 
+@pytest.mark.everywhere
 def test_a_loop_in_another_thread_serves_as_well():
     async def main():
         async with local_sandbox() as sandbox:
@@ -508,6 +514,7 @@ def uploaded(sandbox, source_path, target):
 CONTENTS = [b"", b"no line end", bytes(range(256)), b"\r\n\0\x04\x1a\xff\xfe", bytes(range(256)) * 40000]
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("data", CONTENTS, ids=["empty", "text", "binary", "control", "10 MB"])
 def test_a_file_arrives_as_it_is_and_where_no_directory_was(sandbox, place, source, data):
     target = place + "/a/b/file"
@@ -706,6 +713,7 @@ def test_sandboxes_do_not_see_each_other(tmp_path):
         assert arun(other, "cat ~/%s" % other_text).output == "x\n"
 
 
+@pytest.mark.everywhere
 def test_stop_ends_a_command_that_runs():
     text = nap()
 
@@ -845,6 +853,7 @@ def run_process(command, timeout=TIMEOUT, **options):
     return run(main())
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize(
     "script, code", [("exit 0", 0), ("exit 255", 255), ("kill -TERM $$", -signal.SIGTERM), ("kill -KILL $$", -9)]
 )
