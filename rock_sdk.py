@@ -3853,8 +3853,10 @@ class ToolManager:
         while not self._stopping.is_set():
             try:
                 self._sweep()
-            except StorageError as error:
+            except RockError as error:
                 self._logger.error("looking after the nodes met: %s", error)
+            except Exception:
+                self._logger.exception("looking after the nodes failed")
             self._stopping.wait(SWEEP_SECONDS)
 
     def _sweep(self):

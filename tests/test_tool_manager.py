@@ -831,6 +831,23 @@ def test_what_could_not_be_removed_is_said_and_removed_later(tmp_path, runtime, 
         wait_until(lambda: runtime.nodes == {}, "the next attempt")
 
 
+def test_nodes_are_looked_after_whatever_a_look_meets(tmp_path, runtime, monkeypatch):
+    monkeypatch.setattr(rock_sdk, "SWEEP_SECONDS", 0.05)
+    failures = [ValueError("a bug"), rock_sdk.NodeError("no engine"), rock_ms.ApiError(503, "no thread")]
+    left = []
+
+    def left_at_last():
+        if failures:
+            raise failures.pop()
+        return left
+
+    monkeypatch.setattr(runtime, "left", left_at_last)
+    with managing(tmp_path / "data", runtime):
+        wait_until(lambda: not failures, "all failures")
+        left.append("2" * 32)
+        wait_until(lambda: "2" * 32 in runtime.removed, "the removal of what is nobody's")
+
+
 def test_nodes_that_have_ended_make_room_for_others(tmp_path, runtime):
     with managing(tmp_path / "data", runtime, max_nodes=1) as manager:
         manager.create("RenewInstance", "first")
