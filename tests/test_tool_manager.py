@@ -689,12 +689,12 @@ def bad_node(manager, runtime, answer):
     with serving(Server(("127.0.0.1", 0), Handler)) as server:
         server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         node = rock_sdk.Node("default", "bad", "4" * 32, "process", "running", port=server.server_address[1])
-        runtime.nodes[node.node_id] = None  # it has not ended
         with manager.registry() as registry:
-            registry.put(node)
+            registry.put(node)  # before there is anything of it, or it would be nobody's
+            runtime.nodes[node.node_id] = None  # it has not ended
             yield
+            del runtime.nodes[node.node_id]
             registry.forget(node)
-        del runtime.nodes[node.node_id]
 
 
 def proof(nonce):
