@@ -4003,6 +4003,7 @@ class ToolManager:
         except rock_ms.UpstreamError as error:
             now = self._refresh(node)
             why = now.message if now.status != "running" else str(error)
+            why = UNWANTED if self._is_unwanted(node) else why
             raise ApiError(error.status, "the tool %s does not answer: %s" % (node.name, why)) from None
 
     # How nodes come and go.
