@@ -105,6 +105,7 @@ WATCH_SECONDS = 0.2  # how often a watched process is looked at
 GONE_SECONDS = 30.0  # how long anti-call-llm lets the service be away, for a restart with --resume
 LIVENESS_SECONDS = 1.0  # how often it looks
 PROBE_SECONDS = 0.5  # how long a starting service may take to get its lock from such a look, and to say who it is
+DELIVERY_SECONDS = 5.0  # that the end of an answer's sending is waited for, before the same request is looked at
 MAX_FINISHED_TURNS = 4096  # remembered for an agent's late retry; each costs some 300 bytes
 CONNECT_SECONDS = 15.0  # for each address of an upstream: one that does not answer must not use up a call's time
 POOL_SECONDS = 90.0  # after which a connection to an upstream that nobody needed is closed
@@ -3927,21 +3928,24 @@ class Turn:
         self.is_recorded = False
 
     def is_waited_for(self) -> bool:
-        """Whether one of its calls has a client that has not hung up."""
-        return any(not call.is_abandoned() for call in self.calls)
+        """Whether one of its calls has a client that has not hung up, or may have the answer."""
+        return any(call.is_leaving or not call.is_abandoned() for call in self.calls)
 
 
 class Call:
     """One HTTP request's wait for the answer of its turn.
 
-    response: the answer's record, once it is there.  wake: set whenever there is something new to see.
+    response: the answer's record, once it is there.  wake: set whenever there is something new to see.  is_leaving:
+    whether some of the answer may be with the client.  closed: set once it is known whether all of it was sent.
     """
 
     def __init__(self, turn: Turn, response: Record | None, is_client_gone):
         self.turn = turn
         self.response = response
         self.has_hung_up = False
+        self.is_leaving = False
         self.wake = threading.Event()
+        self.closed = threading.Event()
         self._is_client_gone = is_client_gone
 
     def hang_up(self) -> None:
@@ -4025,6 +4029,7 @@ class LocalSession:
         is_client_gone: () -> whether the client has hung up.
         """
         digest = _digest(escape_markers(text).encode("utf-8"))
+        self._await_delivery(digest, is_retry)
         with held(self._append_lock, self._log.path):
             with self._lock:
                 self.check_open(is_new=True)
@@ -4041,6 +4046,7 @@ class LocalSession:
         """End a call.  delivered_status: of the answer that was sent whole, None where none was."""
         with self._lock:
             call.turn.calls.remove(call)
+            call.closed.set()
             self._waiting -= 1
             if delivered_status is not None and call.turn.index in self._turns:
                 self._finish(call.turn, delivered_status)
@@ -4060,6 +4066,18 @@ class LocalSession:
             raise ApiError(410, message, code="session_ended", headers=[("x-should-retry", "false")])
         if self._is_stopping:
             raise ApiError(503, "the model service is stopping", code="service_stopping")
+
+    def _await_delivery(self, digest, is_retry):
+        """Wait until it is known what became of answers to this request that are on their way, if that matters.
+
+        A client that has its answer and asks the same again may be here sooner than the note that it has it.
+        """
+        deadline = time.monotonic() + DELIVERY_SECONDS
+        with self._lock:
+            calls = [call for turn in self._by_digest.get(digest, ()) for call in turn.calls if call.is_leaving]
+        for call in calls:
+            if is_retry or call.is_abandoned():
+                call.closed.wait(max(0, deadline - time.monotonic()))
 
     def _find_turn(self, digest, is_retry):
         retried = None
@@ -4373,6 +4391,7 @@ class LocalCall:
                 answer = failed_answer(ApiError(504, "no answer came within %g s" % limit, code="timeout"))
             if answer:
                 self._answer = self._written_down(answer)
+                self._call.is_leaving = self._answer.is_given
             elif now >= silent_until:
                 return False
             else:

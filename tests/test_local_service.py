@@ -12,9 +12,21 @@ import threading
 import pytest
 
 import rock_ms
-from support import Later, ask, chat, completion, raw_request, running, wait_until
+from support import TIMEOUT, Later, ask, chat, completion, raw_request, running, wait_until
 
 RETRY = {"x-stainless-retry-count": "1"}
+
+
+class Waited(threading.Event):
+    """Says when somebody waits for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.is_waited_for = threading.Event()
+
+    def wait(self, timeout=None):
+        self.is_waited_for.set()
+        return super().wait(timeout)
 
 
 class Agent:
@@ -279,6 +291,18 @@ def test_retry_right_behind_the_hangup_takes_the_turn_over(service):
         assert retry.result().status == 200
         wait_for_waiting(service, 0)
         assert service.turns() == list(range(1, number + 1))
+
+
+@pytest.mark.parametrize("is_retry", [False, True])
+@pytest.mark.parametrize("status, index", [(200, 2), (None, 1), (500, 2)])
+def test_same_request_while_an_answer_is_on_its_way_waits_for_what_becomes_of_it(tmp_path, is_retry, status, index):
+    session = rock_ms.LocalSession(rock_ms.MarkerLog(str(tmp_path / "log")), 0.1, None)
+    first = session.open_call("{}", is_retry=False, is_client_gone=lambda: True)
+    first.is_leaving, first.closed = True, Waited()
+    again = Later(lambda: session.open_call("{}", is_retry))
+    assert first.closed.is_waited_for.wait(TIMEOUT)
+    session.close_call(first, status)
+    assert again.result().turn.index == (1 if is_retry and status == 200 else index)
 
 
 def test_other_body_after_a_hangup_is_a_new_turn(service):
