@@ -6132,7 +6132,7 @@ def load_tool(name: str, path: str | None, cfg: dict) -> Tool:
     """
     try:
         found = _built_in(name) if path is None else _tool_in_file(path, name)
-        return _tool_of(found, name, cfg)
+        return tool_of(found, name, cfg)
     except UsageError:
         raise
     except ValueError as error:
@@ -6206,8 +6206,11 @@ def _name_of(found, default):
     return name if isinstance(name, str) and name else default
 
 
-def _tool_of(found, name, cfg):
-    """A Tool from a class or a function.  Raises UsageError, ValueError, and whatever the tool raises."""
+def tool_of(found: object, name: str, cfg: dict) -> Tool:
+    """A Tool from a class or a function.  cfg: what a class is made with.
+
+    Raises UsageError, ValueError, and whatever the tool raises.
+    """
     if not isinstance(found, type):
         return _tool_of_function(found)
     instance = _instance_of(found, cfg)
@@ -7583,6 +7586,15 @@ def run_service(state: ServiceState, ready_fd: int | None, service) -> int:
     return 0
 
 
+_PROGRESS = b"\x02"  # before a line that is no answer yet
+
+
+def tell_progress(ready_fd: int, text: str) -> None:
+    """Say, to whoever started this service, what its start waits for."""
+    with contextlib.suppress(OSError):
+        os.write(ready_fd, _PROGRESS + " ".join(text.split()).encode("utf-8", "replace") + b"\n")
+
+
 def _tell(ready_fd, text):
     with contextlib.suppress(OSError):  # whoever started us may be gone by now
         os.write(ready_fd, text.encode("utf-8", "replace"))
@@ -7649,19 +7661,26 @@ def passed_on(cls: type, flags: dict, data_dir: str, config_file: str | None) ->
 
 
 def start_in_background(
-    state: ServiceState, command: list, secrets: dict, logging_file: str, code=None, seconds: float | None = None
+    state: ServiceState,
+    command: list,
+    secrets: dict,
+    logging_file: str,
+    code=None,
+    seconds: float | None = None,
+    tell=lambda progress: None,
 ) -> dict:
     """Start a process of our own that is the service; what it says of itself, once it answers.
 
     command: to which `--ready-fd` is added.  secrets: environment variables by name that it gets beside our own.
     logging_file: where its output goes.  code: makes the bytes for its standard input.  seconds: how long it may take.
+    tell: called with each line by which it says, with `tell_progress`, what it waits for.
     Raises RockError with the reason where it does not start.
     """
     if state.is_running():
         raise RockError(state.running_message())
     process, ready = _spawn_service(state.title, command, secrets, logging_file)
     try:
-        said = _first_words(process, ready, code, seconds or START_SECONDS)
+        said = _first_words(process, ready, code, seconds or START_SECONDS, tell)
         if not said.startswith("{"):
             reason = said or "it ended at once; see %s" % logging_file
             raise RockError("the %s did not start: %s" % (state.title, reason))
@@ -7701,7 +7720,7 @@ def _spawn_service(title, command, secrets, logging_file):
     return process, ready
 
 
-def _first_words(process, ready, code, seconds):
+def _first_words(process, ready, code, seconds, tell):
     """What a new service says of itself, or why it says nothing."""
     try:
         hand_over(process.stdin, code() if code else b"", seconds)
@@ -7709,7 +7728,7 @@ def _first_words(process, ready, code, seconds):
         return str(error)
     import http.client  # noqa: F401  # needed soon, and loaded while the service starts
 
-    return _read_all(ready, seconds)
+    return _read_all(ready, seconds, tell)
 
 
 def hand_over(pipe, data: bytes, seconds: float) -> None:
@@ -7727,8 +7746,8 @@ def hand_over(pipe, data: bytes, seconds: float) -> None:
             data = data[os.write(pipe.fileno(), data[:READ_BLOCK_BYTES]) :]
 
 
-def _read_all(descriptor, seconds):
-    """What is written to a pipe until its other end closes, within so many seconds."""
+def _read_all(descriptor, seconds, tell):
+    """What is written to a pipe until its other end closes, within so many seconds, without the lines of progress."""
     import select
 
     said, deadline = b"", time.monotonic() + seconds
@@ -7741,6 +7760,9 @@ def _read_all(descriptor, seconds):
         if not piece:
             return said.decode("utf-8", "replace")
         said += piece
+        while said.startswith(_PROGRESS) and b"\n" in said:
+            line, _, said = said[len(_PROGRESS) :].partition(b"\n")
+            tell(line.decode("utf-8", "replace"))
 
 
 def command_stop(args: argparse.Namespace) -> int:

@@ -4253,7 +4253,7 @@ class Endpoint:
     """Something that the service can be asked for.
 
     takes: JSON Schemas of its fields by name, which may stand in a JSON body and in the query.  needs: those that must
-    be there.  answer: (tenant, fields, request) -> Reply.
+    be there.  is_open: whether others are let through.  answer: in the manager, (tenant, fields, request) -> Reply.
     """
 
     methods: tuple
@@ -4261,11 +4261,14 @@ class Endpoint:
     summary: str
     takes: dict
     needs: tuple
-    answer: object
+    answer: object = None
+    is_open: bool = False
+    media_type: str = "application/json"
 
     def schema(self) -> dict:
         """Of all its fields."""
-        return {"type": "object", "properties": self.takes, "required": list(self.needs), "additionalProperties": False}
+        schema = {"type": "object", "properties": self.takes, "required": list(self.needs)}
+        return schema if self.is_open else {**schema, "additionalProperties": False}
 
     def fields_of(self, request: rock_ms.Request) -> dict:
         """The fields of a request.  Raises ApiError 400."""
@@ -4306,11 +4309,59 @@ class Endpoint:
             {"name": name, "in": "query", "required": name in self.needs, "schema": spec}
             for name, spec in self.takes.items()
         ]
-        body = {"content": {"application/json": {"schema": self.schema()}}}
+        body = {"content": {self.media_type: {"schema": self.schema()}}}
         return {
             method.lower(): {**said, **({"parameters": parameters} if method == "GET" else {"requestBody": body})}
             for method in self.methods
         }
+
+
+def docs_page(description: dict) -> rock_ms.Reply:
+    """An OpenAPI document as a page for people; it needs nothing from elsewhere."""
+    from html import escape
+
+    rows = []
+    for path, methods in description["paths"].items():
+        for method, said in methods.items():
+            shown = {item["name"]: item["schema"] for item in said.get("parameters", ())}
+            for body in said["requestBody"]["content"].values() if "requestBody" in said else ():
+                shown = body["schema"]["properties"]
+            takes = "\n".join("%s: %s" % (name, rock_ms.dump_json(spec)) for name, spec in shown.items())
+            cells = (method.upper(), path, said["summary"], takes)
+            rows.append("<tr><td>%s<td><code>%s</code><td>%s<td><pre>%s</pre></tr>" % tuple(map(escape, cells)))
+    title = escape(description["info"]["title"])
+    page = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>%s</title><style>
+body { font: 15px sans-serif; margin: 2em } td { padding: .4em 1em; vertical-align: top } pre { margin: 0 }</style>
+<h1>%s</h1><p>As OpenAPI: <a href="openapi.json">openapi.json</a>. Answers are
+<code>{request_id, message, output}</code>, errors <code>{request_id, message}</code>.</p><table>%s</table></html>
+"""
+    body = (page % (title, title, "\n".join(rows))).encode("utf-8")
+    return rock_ms.Reply(200, body, "text/html; charset=utf-8")
+
+
+def not_for_pages(handler):
+    """A route's handler, refusing the requests of web pages: whoever has a browser open here did not mean them."""
+
+    def handle(request):
+        origin = request.head.header("origin")
+        if origin is not None:  # also where it is our own: a name that leads here may be anybody's
+            raise ApiError(403, "a page of %s may not use this service from a browser" % origin)
+        return handler(request)
+
+    return handle
+
+
+def description_routes(title: str, endpoints) -> list:
+    """The routes that describe a service: /openapi.json and /docs."""
+    description = {
+        "openapi": "3.1.0",
+        "info": {"title": title, "version": rock_ms.__version__},
+        "paths": {endpoint.path: endpoint.described() for endpoint in endpoints},
+    }
+    return [
+        rock_ms.Route("GET", "/openapi.json", lambda _: rock_ms.json_reply(description), is_open=True),
+        rock_ms.Route("GET", "/docs", lambda _: docs_page(description), is_open=True),
+    ]
 
 
 class ToolService:
@@ -4350,15 +4401,10 @@ class ToolService:
             for endpoint in self._endpoints
             for method in endpoint.methods
         ]
-        routes.append(rock_ms.Route("GET", "/openapi.json", lambda _: rock_ms.json_reply(self.description()), True))
-        routes.append(rock_ms.Route("GET", "/docs", lambda _: docs_page(self.description()), True))
-        return routes
+        return routes + description_routes("Tool manager", self._endpoints)
 
     def _handler(self, endpoint):
         def handle(request):
-            origin = request.head.header("origin")
-            if origin is not None:  # also where it is our own: a name that leads here may be anybody's
-                raise ApiError(403, "a page of %s may not use this service from a browser" % origin)
             tenant = self._tenant_of(request.head)
             values = endpoint.fields_of(request)
             asked = values.get("tenant_id")
@@ -4367,7 +4413,7 @@ class ToolService:
                 raise ApiError(403, "the tenant of this key is %s, not %s" % (tenant, asked))
             return endpoint.answer(tenant or asked, values, request)
 
-        return handle
+        return not_for_pages(handle)
 
     def authorise(self, head: rock_ms.RequestHead) -> None:
         """Raises ApiError 401 for a request without the right key, where one is asked for."""
@@ -4449,14 +4495,6 @@ class ToolService:
         call = self._operations.find(tenant, values)
         return rock_ms.envelope(self._operations.call(call, request.sock))
 
-    def description(self) -> dict:
-        """The OpenAPI document of this service."""
-        return {
-            "openapi": "3.1.0",
-            "info": {"title": "Tool manager", "version": rock_ms.__version__},
-            "paths": {endpoint.path: endpoint.described() for endpoint in self._endpoints},
-        }
-
 
 def _making(values):
     """What a tool is made from."""
@@ -4465,28 +4503,6 @@ def _making(values):
 
 def _node_reply(node):
     return rock_ms.envelope({"tool_node_name": node.name, "status": node.status}, node.message)
-
-
-def docs_page(description: dict) -> rock_ms.Reply:
-    """An OpenAPI document as a page for people; it needs nothing from elsewhere."""
-    from html import escape
-
-    rows = []
-    for path, methods in description["paths"].items():
-        for method, said in methods.items():
-            schema = said["requestBody"]["content"]["application/json"]["schema"] if "requestBody" in said else None
-            shown = schema["properties"] if schema else {item["name"]: item["schema"] for item in said["parameters"]}
-            takes = "\n".join("%s: %s" % (name, rock_ms.dump_json(spec)) for name, spec in shown.items())
-            cells = (method.upper(), path, said["summary"], takes)
-            rows.append("<tr><td>%s<td><code>%s</code><td>%s<td><pre>%s</pre></tr>" % tuple(map(escape, cells)))
-    title = escape(description["info"]["title"])
-    page = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>%s</title><style>
-body { font: 15px sans-serif; margin: 2em } td { padding: .4em 1em; vertical-align: top } pre { margin: 0 }</style>
-<h1>%s</h1><p>As OpenAPI: <a href="openapi.json">openapi.json</a>. Answers are
-<code>{request_id, message, output}</code>, errors <code>{request_id, message}</code>.</p><table>%s</table></html>
-"""
-    body = (page % (title, title, "\n".join(rows))).encode("utf-8")
-    return rock_ms.Reply(200, body, "text/html; charset=utf-8")
 
 
 def tool_manager_server(settings: ManagerSettings, data_dir: str, logger) -> rock_ms.Server:
