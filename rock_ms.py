@@ -3263,7 +3263,8 @@ class Request:
 
     name: what stood for `{name}` in the route's path.  watch_hangup: call it with a function, once, and that function
     is called from another thread when the client hangs up before the reply is done.  sock: the client's socket, to be
-    looked at only.
+    looked at only.  pieces: on a streamed route an iterator of the body's bytes as they come, in bounded pieces, and
+    `body` is empty; it raises ApiError for what is wrong with them.  A hang-up can be seen only once it is at its end.
     """
 
     head: RequestHead
@@ -3271,6 +3272,7 @@ class Request:
     name: str
     watch_hangup: object
     sock: object
+    pieces: object = ()
 
     def is_client_gone(self) -> bool:
         """Whether the client has hung up."""
@@ -3293,6 +3295,8 @@ class Route:
 
     method: "*" for any other.  path may end in "/{name}".  is_open: answered without the API key.  is_body_optional: a
     POST without a length counts as one without a body, and is not refused.  is_quiet: no log line for what succeeds.
+    is_streamed: the handler reads the body, from the request's `pieces`; where it leaves some of it, the connection is
+    closed behind the reply.  max_body_bytes: None for the service's.
     """
 
     method: str
@@ -3301,6 +3305,8 @@ class Route:
     is_open: bool = False
     is_body_optional: bool = False
     is_quiet: bool = False
+    is_streamed: bool = False
+    max_body_bytes: int | None = None
 
 
 class Router:
@@ -3477,30 +3483,44 @@ class Connection:
                     return None
                 raise ProtocolError(400, "the connection was closed in the middle of a request header")
 
-    def read_body(self, head: RequestHead) -> bytes:
-        """The request's body.  Raises ProtocolError: malformed, too large (413), too slow (408)."""
-        if not head.has_body:
-            return b""
-        if (head.content_length or 0) > self._max_body_bytes:
-            raise ProtocolError(413, "the request body is larger than %d bytes" % self._max_body_bytes)
+    def read_body(self, head: RequestHead, max_bytes: int | None = None) -> bytes:
+        """The request's whole body.  Raises as `body_pieces`, and so do its pieces."""
+        body = bytearray()
+        for piece in self.body_pieces(head, max_bytes):
+            body += piece
+        return bytes(body)
+
+    def body_pieces(self, head: RequestHead, max_bytes: int | None = None) -> object:
+        """The request's body as an iterator of bytes as they come, in pieces of no more than was received at a time.
+
+        Nothing is read, and no client is told to go on, before the first piece is asked for.  max_bytes: None for the
+        connection's.  Raises ProtocolError 413 where the header says more than that; the iterator raises ProtocolError:
+        malformed, too large (413), too slow (408).
+        """
+        max_bytes = self._max_body_bytes if max_bytes is None else max_bytes
+        _check_body_size(head.content_length or 0, max_bytes)
+        return self._read_pieces(head, max_bytes) if head.has_body else iter(())
+
+    def _read_pieces(self, head, max_bytes):
         if head.expects_continue and not self._buffer:
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        began, body = self._clock(), bytearray()
+        began, size = self._clock(), 0
         decoder = body_decoder(head.content_length, head.is_chunked)
-        data = bytes(self._buffer)
-        self._buffer.clear()
         while True:
-            body += decoder.feed(data)
-            if len(body) + decoder.left > self._max_body_bytes:
-                raise ProtocolError(413, "the request body is larger than %d bytes" % self._max_body_bytes)
-            if decoder.is_done:
-                self._buffer += decoder.rest
-                return bytes(body)
-            expected = max(len(body), head.content_length or 0)
-            if not self._receive(began + BODY_GRACE_SECONDS + expected / BODY_BYTES_PER_SECOND):
-                raise ProtocolError(400, "the connection was closed in the middle of a request body")
             data = bytes(self._buffer)
             self._buffer.clear()
+            piece = decoder.feed(data)
+            size += len(piece)
+            _check_body_size(size + decoder.left, max_bytes)
+            if decoder.is_done:
+                self._buffer += decoder.rest
+            if piece:
+                yield piece
+            if decoder.is_done:
+                return
+            expected = max(size, head.content_length or 0)
+            if not self._receive(began + BODY_GRACE_SECONDS + expected / BODY_BYTES_PER_SECOND):
+                raise ProtocolError(400, "the connection was closed in the middle of a request body")
 
     def _receive(self, deadline, idle=False):
         """Read what there is into the buffer; False at the end of what the client sends."""
@@ -3560,6 +3580,11 @@ class Connection:
             self.sock.shutdown(socket.SHUT_WR)
             while self._wait(self._READABLE, deadline) and self.sock.recv(SEND_PIECE_BYTES):
                 pass
+
+
+def _check_body_size(size, max_bytes):
+    if size > max_bytes:
+        raise ProtocolError(413, "the request body is larger than %d bytes" % max_bytes)
 
 
 def _is_timeout(error):
@@ -3623,9 +3648,17 @@ class Exchange:
         needs_body = self._route.method in ("POST", "PUT", "PATCH") and not self._route.is_body_optional
         if needs_body and head.content_length is None and not head.is_chunked:
             raise ApiError(411, "a %s needs a Content-Length, or a chunked body" % head.method)
-        body = self._connection.read_body(head)
+        body, pieces = b"", ()
+        if self._route.is_streamed:
+            pieces = self._streamed(self._connection.body_pieces(head, self._route.max_body_bytes))
+        else:
+            body = self._connection.read_body(head, self._route.max_body_bytes)
+            self._has_unread = False
+        return self._route.handler(Request(head, body, name, self._watch_hangup, self._connection.sock, pieces))
+
+    def _streamed(self, pieces):
+        yield from pieces
         self._has_unread = False
-        return self._route.handler(Request(head, body, name, self._watch_hangup, self._connection.sock))
 
     def _watch_hangup(self, callback):
         self._is_watched = True
