@@ -127,6 +127,12 @@ MAX_DOCUMENT_STEPS = 300_000  # from value to value while it is read, which refe
 MAX_SCHEMA_CHARACTERS = 8_000_000  # of the JSON of its operations' schemas, each with all that it refers to
 MAX_NAME_CHARACTERS = 128  # of a function that a model may call
 MAX_ACTION_DEPTH = 100  # of brackets in the input of a model's call: far below what recursion can take
+UPLOAD_PREFIX = ".upload-"  # of a file that is being sent; what one who was killed has left can be told by it
+MAX_FIELDS = 100  # of a form, beside its files
+MAX_FIELD_BYTES = 64 * 1024
+MAX_PART_HEAD_BYTES = 8 * 1024  # of each part of a form: three or four short fields
+MAX_PADDING_BYTES = 64  # of spaces behind a form's boundary, where nobody sends any
+MAX_FILE_NAME_BYTES = 200  # file systems take 255, and something may be put before or behind it
 TIMED_OUT, KILLED = 124, 137  # exit codes, as of timeout(1) and of a shell whose command got SIGKILL
 
 logger = logging.getLogger("rock_sdk")
@@ -5486,6 +5492,278 @@ def _error_said(error):
         return str(rock_ms.json_object(said, "it")[1]["message"])
     except (ValueError, LookupError):
         return "the tool manager answered %d: %s" % (error.code, said[:MAX_SAID_CHARACTERS])
+
+
+# ======================================================================================================================
+# Uploads: files that come in a form, multipart/form-data (RFC 7578, in the syntax of RFC 2046), stored as they come.
+#
+#   Grammar      form   = [preamble] CRLF "--" boundary {part CRLF "--" boundary} "--" [CRLF epilogue]
+#                part   = [padding] CRLF {field CRLF} CRLF content
+#                The CRLF before the first boundary is missing where there is no preamble.  Preamble and epilogue are
+#                passed over.
+#   Strict       A boundary with anything but padding behind it is refused, although it may be content: by RFC 2046 it
+#                is none, and who reads it in another way than the sender meant loses a part of a file.
+#   File names   come as browsers send them (UTF-8; `"`, CR and LF as %22, %0D and %0A), as older curls do (\" and \\),
+#                or as `filename*` (RFC 8187).  One that is not the plain name of a file is refused, never mended.
+# ======================================================================================================================
+
+_BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]\Z")
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
+_PARAMETER = re.compile(r"""[ \t]*;[ \t]*([!#$%&'*+.^_`|~0-9A-Za-z-]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s";]+))""")
+_EXTENDED = re.compile(r"utf-8'[A-Za-z0-9-]*'((?:[!#$&+.^_`|~0-9A-Za-z-]|%[0-9A-Fa-f]{2})*)\Z", re.IGNORECASE)
+_ESCAPED = re.compile("%(?:22|0[AD])", re.IGNORECASE)
+_BOUNDARY_END = re.compile(rb"(--)?[ \t]*(?:\r\n|\Z)")
+_CONTROL = re.compile("[\0-\x08\x0a-\x1f\x7f-\x9f]")
+
+
+@dataclass(frozen=True)
+class UploadedFile:
+    """A file that a client has sent.
+
+    name: as the client calls it.  path: a temporary file that holds it.  size: in bytes.  digest: SHA-256, in hex.
+    """
+
+    name: str
+    path: str
+    size: int
+    digest: str
+
+
+class Upload:
+    """What a form holds.  Leaving it, or `close`, removes those of its files that have not been moved away.
+
+    fields: text by name.  files: UploadedFile, in the order in which they came.
+    """
+
+    def __init__(self):
+        self.fields = {}
+        self.files = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self) -> None:
+        """Remove what is still there.  Harmless a second time."""
+        for file in self.files:
+            _discard(file.path)
+
+
+def read_upload(
+    content_type: str | None, pieces: object, directory: str, max_file_bytes: int, max_files: int
+) -> Upload:
+    """Store the files of a form in `directory`, each in one of its own, as they come.
+
+    content_type: the request's.  pieces: an iterator of the body's bytes, read to its end.  Raises ApiError 400 for
+    what is malformed, 413 as soon as there is too much, 415 for another kind of body; StorageError; and whatever
+    `pieces` raises.  Then no file is left.
+    """
+    form = _FormReader(_boundary_of(content_type), pieces)
+    upload = Upload()
+    try:
+        for name, file_name, content in form.parts():
+            if file_name is None:
+                if name in upload.fields:
+                    raise form.error("there is a field %r already" % name)
+                if len(upload.fields) == MAX_FIELDS:
+                    raise form.error("only %d fields are taken" % MAX_FIELDS, 413)
+                upload.fields[name] = form.text(content)
+            else:
+                if len(upload.files) == max_files:
+                    raise form.error("only %d files are taken at a time" % max_files, 413)
+                upload.files.append(_stored(file_name, content, directory, max_file_bytes))
+    except BaseException:
+        upload.close()
+        raise
+    return upload
+
+
+def check_file_name(name: str) -> None:
+    """Raise ValueError for what is not the plain name of a file: a path, or a name that is hidden or too long."""
+    if not name.strip():
+        raise ValueError("a file has no name")
+    if re.search(r"[/\\]", name):
+        raise ValueError("the file name %r is a path; send a name only" % name)
+    if name.startswith("."):
+        raise ValueError("the file name %r begins with a dot" % name)
+    if _CONTROL.search(name) or "\t" in name:
+        raise ValueError("the file name %r has a control character" % name)
+    if len(name.encode("utf-8")) > MAX_FILE_NAME_BYTES:
+        raise ValueError("the file name %r is longer than %d bytes" % (name, MAX_FILE_NAME_BYTES))
+
+
+def _boundary_of(content_type):
+    try:
+        kind, parameters = _header_value(content_type or "")
+    except ValueError as error:
+        raise ApiError(400, "Content-Type: %s" % error) from None
+    if kind != "multipart/form-data":
+        raise ApiError(415, "Content-Type is %s: send multipart/form-data" % (kind or "missing"))
+    boundary = parameters.get("boundary", "")
+    if not _BOUNDARY.match(boundary):
+        raise ApiError(400, "Content-Type: its boundary must be 1 to 70 of the characters that RFC 2046 names")
+    return boundary.encode("ascii")
+
+
+def _header_value(text):
+    """The lower-case word that a header's value begins with, and its parameters by lower-case name.
+
+    Raises ValueError.
+    """
+    word = text.partition(";")[0]
+    at, end, found = len(word), len(text.rstrip(" \t;")), {}
+    while at < end:
+        match = _PARAMETER.match(text, at)
+        if not match:
+            raise ValueError("%r is not '; name=value'" % text[at:])
+        name, quoted, plain = match.groups()
+        if name.lower() in found:
+            raise ValueError("%s is given twice" % name)
+        found[name.lower()] = plain if quoted is None else re.sub(r'\\(["\\])', r"\1", quoted)
+        at = match.end()
+    return word.strip(" \t").lower(), found
+
+
+def _form_parameter(parameters, name):
+    """A name in a form, None where there is none.  Raises ValueError."""
+    from urllib.parse import unquote
+
+    plain, extended = parameters.get(name), parameters.get(name + "*")
+    if extended is None:
+        return plain and _ESCAPED.sub(lambda escaped: unquote(escaped.group()), plain)
+    match = _EXTENDED.match(extended)
+    try:
+        return unquote(match.group(1), errors="strict")
+    except (AttributeError, UnicodeDecodeError):
+        raise ValueError("%s*=%s is not UTF-8''TEXT" % (name, extended)) from None
+
+
+def _part_names(head):
+    """(name, file name or None) of a part, from what stands before its content.  Raises ValueError."""
+    _, *lines = head.decode("utf-8").split("\r\n")
+    found = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not (colon and _HEADER_NAME.match(name)) or _CONTROL.search(value):
+            raise ValueError("%r is not 'Name: value'" % line)
+        if name.lower() in found:
+            raise ValueError("%s is given twice" % name)
+        found[name.lower()] = value.strip(" \t")
+    coding = found.get("content-transfer-encoding", "binary")
+    if coding.lower() not in ("7bit", "8bit", "binary"):
+        raise ValueError("its Content-Transfer-Encoding is %s; send it as it is" % coding)
+    kind, parameters = _header_value(found.get("content-disposition", ""))
+    if kind != "form-data":
+        raise ValueError("its Content-Disposition is %s, and should be form-data" % (kind or "missing"))
+    name, file_name = (_form_parameter(parameters, name) for name in ("name", "filename"))
+    if not name:
+        raise ValueError("it has no name")
+    if file_name is not None:
+        check_file_name(file_name)
+    return name, file_name
+
+
+class _FormReader:
+    """Takes a form apart while it comes, with no more of it in memory than came at a time."""
+
+    def __init__(self, boundary, pieces):
+        self._mark = b"\r\n--" + boundary
+        self._pieces = iter(pieces)
+        self._data = b"\r\n"  # as before every boundary but one that the form begins with
+        self._number = 0  # of the part that is read
+
+    def error(self, why, status=400):
+        """An ApiError that names the place."""
+        return ApiError(status, "%s: %s" % ("part %d of the form" % self._number if self._number else "the form", why))
+
+    def parts(self):
+        """Yield (name, file name or None, an iterator of its content) of each, whose content is to be read first."""
+        for _ in self._until(self._mark):
+            pass
+        while not self._is_over():
+            self._number += 1
+            head = self._whole(self._until(b"\r\n\r\n"), MAX_PART_HEAD_BYTES, "its header")
+            try:
+                name, file_name = _part_names(head)
+            except UnicodeDecodeError:
+                raise self.error("its header is not UTF-8") from None
+            except ValueError as error:
+                raise self.error(error) from None
+            yield name, file_name, self._until(self._mark)
+        for _ in self._pieces:
+            pass
+
+    def text(self, content):
+        """The text of a field."""
+        try:
+            return self._whole(content, MAX_FIELD_BYTES, "a field").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.error("it is not UTF-8 at byte %d" % error.start) from None
+
+    def _whole(self, pieces, limit, what):
+        data = bytearray()
+        for piece in pieces:
+            data += piece
+            if len(data) > limit:
+                raise self.error("%s is longer than %d bytes" % (what, limit), 413)
+        return bytes(data)
+
+    def _is_over(self):
+        """Whether the boundary just read is the last one."""
+        while len(self._data) < MAX_PADDING_BYTES and self._read():
+            pass
+        match = _BOUNDARY_END.match(self._data)
+        if not match:
+            raise self.error("behind the boundary at its end, more stands on the same line")
+        return bool(match.group(1))
+
+    def _until(self, mark):
+        """Yield what stands before `mark`, as it comes, and pass over the mark."""
+        kept = len(mark) - 1  # of which the rest may be on its way
+        while True:
+            before, found, behind = self._data.partition(mark)
+            if found:
+                self._data = behind
+                yield before
+                return
+            before, self._data = self._data[:-kept], self._data[-kept:]
+            yield before
+            if not self._read():
+                raise self.error("it ends before its last boundary")
+
+    def _read(self):
+        """Take one more piece; False where there is none."""
+        piece = next(self._pieces, None)
+        self._data += piece or b""
+        return piece is not None
+
+
+def _stored(name, content, directory, max_bytes):
+    """Write a file's content to a new file.  Raises ApiError 413, StorageError; then there is none."""
+    path, size, digest = None, 0, hashlib.sha256()
+    try:
+        descriptor, path = tempfile.mkstemp(prefix=UPLOAD_PREFIX, dir=directory)
+        with open(descriptor, "wb") as file:
+            for piece in content:
+                size += len(piece)
+                if size > max_bytes:
+                    raise ApiError(413, "the file %r is larger than %d bytes" % (name, max_bytes))
+                digest.update(piece)
+                file.write(piece)
+    except BaseException as error:
+        if path:
+            _discard(path)
+        if isinstance(error, OSError):
+            raise StorageError("cannot store an upload in %s: %s" % (directory, error.strerror)) from error
+        raise
+    return UploadedFile(name, path, size, digest.hexdigest())
+
+
+def _discard(path):
+    with contextlib.suppress(OSError):
+        os.unlink(path)
 
 
 # ======================================================================================================================
