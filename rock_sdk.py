@@ -133,6 +133,7 @@ MAX_FIELD_BYTES = 64 * 1024
 MAX_PART_HEAD_BYTES = 8 * 1024  # of each part of a form: three or four short fields
 MAX_PADDING_BYTES = 64  # of spaces behind a form's boundary, where nobody sends any
 MAX_FILE_NAME_BYTES = 200  # file systems take 255, and something may be put before or behind it
+VLLM_START_SECONDS = 1800.0  # for vLLM to load a model, which may be hundreds of GB on a slow disk
 TIMED_OUT, KILLED = 124, 137  # exit codes, as of timeout(1) and of a shell whose command got SIGKILL
 
 logger = logging.getLogger("rock_sdk")
@@ -5764,6 +5765,165 @@ def _stored(name, content, directory, max_bytes):
 def _discard(path):
     with contextlib.suppress(OSError):
         os.unlink(path)
+
+
+# ======================================================================================================================
+# Model servers: vLLM as a child of this process.
+#
+#   Supervisor   vLLM is begun by a small process that waits for the end of its own standard input, which comes when we
+#                close it and when we are gone, however that happened.  Then vLLM's process group is asked to end, and
+#                killed when it does not; and once vLLM has ended by itself, what is left of the group is killed.
+# ======================================================================================================================
+
+_SUPERVISE = """import os, signal, subprocess, sys, threading
+
+def end_group(number):
+    try:
+        os.killpg(child.pid, number)
+    except OSError:
+        pass
+
+def follow():
+    code = child.wait()
+    end_group(signal.SIGKILL)
+    os._exit(code if code >= 0 else 128 - code)
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+child = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL, start_new_session=True)
+following = threading.Thread(target=follow)
+following.start()
+try:
+    os.read(0, 1)
+finally:
+    end_group(signal.SIGTERM)
+    following.join(float(sys.argv[1]))
+    end_group(signal.SIGKILL)"""
+
+_VLLM_MODULE = "vllm.entrypoints.openai.api_server"
+_VLLM_FLAGS = frozenset(("--model", "--served-model-name", "--host", "--port", "--api-key"))  # that are ours to give
+
+
+class VLLMServer:
+    """vLLM's own server, of a model on this machine.  It ends when this process does, however that ends.
+
+    model_path: of the model, or its name on a hub.  served_model_name: what requests call it; None for model_path.
+    words: more of vLLM's flags, a list.  log_path: what vLLM says is added to that file.  environ: by default this
+    process's.  base_url: where it answers.  api_key: what it asks for; in no process list.
+
+    Raises UsageError for flags that are set here.
+    """
+
+    def __init__(self, model_path, served_model_name, words, log_path, environ=None, clock=time.monotonic):
+        taken = sorted(_VLLM_FLAGS.intersection(word.partition("=")[0] for word in words))
+        if taken:
+            raise UsageError("%s of vLLM cannot be given: it is set for it" % ", ".join(taken))
+        self._model_path = model_path
+        self._words = ["--model", model_path]
+        self._words += ["--served-model-name", served_model_name] if served_model_name else []
+        self._words += words
+        self._log_path = log_path
+        self._log_start = 0
+        self.api_key = uuid.uuid4().hex
+        self._environ = {**(os.environ if environ is None else environ), "VLLM_API_KEY": self.api_key}
+        self._clock = clock
+        self._process = None
+        self._port = None
+
+    @property
+    def base_url(self) -> str:
+        """Where it answers, once it is started."""
+        return "http://127.0.0.1:%d/v1" % self._port
+
+    def start(self, say, is_unwanted) -> None:
+        """Begin it, and wait until it has loaded its model.
+
+        say: called with a line of text now and then.  is_unwanted: () -> whether to give up.  Raises RockError with
+        what it said last where it ends, or takes too long; then nothing of it is left.
+        """
+        self._check_installed()
+        self._begin()
+        try:
+            self._wait_until_answers(say, is_unwanted)
+        except BaseException:
+            self.close()
+            raise
+
+    def is_alive(self) -> bool:
+        """Whether it is there, and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
+    def close(self) -> None:
+        """End it, with all that it began.  Harmless a second time, and where it was not started."""
+        if self._process is None:
+            return
+        self._process.stdin.close()
+        try:
+            self._process.wait(KILL_SECONDS + COMMAND_SECONDS)
+        except subprocess.TimeoutExpired:
+            kill_group(self._process.pid)
+            self._process.wait()
+
+    def _check_installed(self):
+        look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+        code = subprocess.call([sys.executable, "-c", look], stdin=subprocess.DEVNULL, env=self._environ)
+        if code != 0:
+            raise RockError("vLLM is not installed for %s: pip install vllm, or give --model-server" % sys.executable)
+
+    def _begin(self):
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            self._port = sock.getsockname()[1]
+        command = [sys.executable, "-I", "-S", "-c", _SUPERVISE, str(KILL_SECONDS), sys.executable, "-m", _VLLM_MODULE]
+        command += [*self._words, "--host", "127.0.0.1", "--port", str(self._port)]
+        try:
+            with open(self._log_path, "ab") as log:
+                self._log_start = log.tell()
+                streams = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}
+                self._process = subprocess.Popen(command, env=self._environ, start_new_session=True, **streams)
+        except OSError as error:
+            raise RockError("vLLM cannot be begun: %s" % _reason(error)) from None
+
+    def _wait_until_answers(self, say, is_unwanted):
+        began = said_at = self._clock()
+        pause = 0.05
+        while not self._answers():
+            if not self.is_alive():
+                raise self._failure("vLLM ended with exit code %d" % self._process.returncode)
+            if is_unwanted():
+                raise RockError("vLLM was stopped before it answered: %s" % UNWANTED)
+            now = self._clock()
+            if now - began > VLLM_START_SECONDS:
+                raise self._failure("vLLM did not answer within %g s" % VLLM_START_SECONDS)
+            if now - said_at >= PROGRESS_SECONDS:
+                last_line = rock_ms.shortened(self._said().rpartition("\n")[2])
+                say("waiting for vLLM to load %s, for %d s so far: %s" % (self._model_path, now - began, last_line))
+                said_at = now
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(pause)
+            pause = min(1.5 * pause, MAX_PAUSE_SECONDS)
+
+    def _answers(self):
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=ANSWER_SECONDS)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def _failure(self, how):
+        return RockError(last_words(how, self._said()))
+
+    def _said(self):
+        """What it has said since it was begun, the end of it, without what a terminal would not show any more."""
+        try:
+            with open(self._log_path, "rb") as file:
+                file.seek(max(self._log_start, os.fstat(file.fileno()).st_size - READ_BYTES))
+                said = file.read().decode("utf-8", "replace")
+        except OSError:
+            return ""
+        return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in said.split("\n")).strip()
 
 
 # ======================================================================================================================
