@@ -44,6 +44,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import unicodedata
 import uuid
 import zlib
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -134,6 +135,19 @@ MAX_PART_HEAD_BYTES = 8 * 1024  # of each part of a form: three or four short fi
 MAX_PADDING_BYTES = 64  # of spaces behind a form's boundary, where nobody sends any
 MAX_FILE_NAME_BYTES = 200  # file systems take 255, and something may be put before or behind it
 VLLM_START_SECONDS = 1800.0  # for vLLM to load a model, which may be hundreds of GB on a slow disk
+MAX_TEXT_FILE_BYTES = 32 * 1024 * 1024  # of a file that is read for its text, or of what a PDF reader says
+MAX_TEXT_CHARACTERS = 10_000_000  # of that text: some 15,000 passages
+MAX_JSON_PARTS = 2_000_000  # of a JSON document, each of which takes up to 250 bytes of memory
+MAX_DOCX_BYTES = 32 * 1024 * 1024  # of a DOCX file's text with its markup, unpacked
+PDF_SECONDS = 60  # for reading a PDF
+PDF_MEMORY_BYTES = 1024 * 1024 * 1024
+CHUNK_WIDTH = 1000  # characters of a passage; of Chinese and its like, half as many
+MIN_CHUNK_WIDTH = 200  # below which neighbours are put together
+OVERLAP_WIDTH = 150  # of what a passage repeats of the one before
+MAX_HEADING_CHARACTERS = 200  # of the headings that a passage stands under, their end
+MAX_QUERY_CHARACTERS = 10_000  # of a question, which may come with a text of any length
+MAX_QUERY_TERMS = 60
+KNOWLEDGE_SECONDS = 60.0  # for another to have added a large file to the same user's
 TIMED_OUT, KILLED = 124, 137  # exit codes, as of timeout(1) and of a shell whose command got SIGKILL
 
 logger = logging.getLogger("rock_sdk")
@@ -5493,6 +5507,579 @@ def _error_said(error):
         return str(rock_ms.json_object(said, "it")[1]["message"])
     except (ValueError, LookupError):
         return "the tool manager answered %d: %s" % (error.code, said[:MAX_SAID_CHARACTERS])
+
+
+# ======================================================================================================================
+# Documents: the text of files that others made, told by their names' endings.
+#
+#   Bounded      A file may be made to harm who reads it.  What is read, what it unpacks to and what text it becomes are
+#                each bounded; nothing here takes longer than in proportion to them.  XML with a DTD, which could define
+#                entities that expand without end or name files of ours, is refused.  PDF is read by another program.
+#   Headings     Whatever the format, a heading becomes a line that starts with `#`: how chunks find out what a text is
+#                about.
+# ======================================================================================================================
+
+
+class DocumentError(RockError):
+    """A file that cannot be read as what its name says.  The message names file and reason, fit for a client."""
+
+
+_UNWRITTEN = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
+_EMPTY_LINES = re.compile(r"\n(?:[ \t]*\n){2,}")
+_BOMS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
+
+
+def document_text(path: str, name: str) -> str:
+    """The text of the file at `path`, of the kind that the ending of `name` says.
+
+    Raises DocumentError where it cannot be had, or is empty; StorageError where the file cannot be opened.
+    """
+    ending = os.path.splitext(name)[1].lower()
+    try:
+        read = _READERS[ending]
+    except KeyError:
+        known = ", ".join(sorted(_READERS))
+        raise DocumentError("%s: files of this kind cannot be read; known are %s" % (name, known)) from None
+    pieces, length = [], 0
+    try:
+        for piece in read(path, ending):
+            if piece:
+                pieces.append(piece)
+                length += len(piece)
+            if length > MAX_TEXT_CHARACTERS:
+                raise ValueError("it has more than %d characters of text" % MAX_TEXT_CHARACTERS)
+    except ValueError as error:
+        raise DocumentError("%s: %s" % (name, error)) from None
+    except OSError as error:
+        raise StorageError("cannot read %s: %s" % (path, error.strerror)) from error
+    text = _EMPTY_LINES.sub("\n\n", _UNWRITTEN.sub("", "".join(pieces)))
+    text = text.encode("utf-8", "replace").decode("utf-8")  # JSON may spell half a character
+    if not text.strip():
+        raise DocumentError("%s: there is no text in it" % name)
+    return text
+
+
+# Readers: of a path and a lower-case ending, to pieces of text.  They raise ValueError for what is wrong in the file.
+
+
+def _plain_text(path, _):
+    yield _decoded(path)
+
+
+def _decoded(path):
+    with open(path, "rb") as file:
+        data = file.read(MAX_TEXT_FILE_BYTES + 1)
+    if len(data) > MAX_TEXT_FILE_BYTES:
+        raise ValueError("it is larger than %d bytes" % MAX_TEXT_FILE_BYTES)
+    marked = [codec for mark, codec in _BOMS if data.startswith(mark)]
+    for codec in marked or ["utf-8", "gb18030"]:
+        with contextlib.suppress(UnicodeDecodeError):
+            text = data.decode(codec)
+            written = _UNWRITTEN.sub("", text)
+            if "\0" in text or len(written) < 0.99 * len(text):
+                raise ValueError("it is binary, no text")
+            return written.replace("\r\n", "\n").replace("\r", "\n")
+    raise ValueError("it is no text in UTF-8, UTF-16 with its mark, or GB18030")
+
+
+_TAG = re.compile(r"<(?:(/?)([a-zA-Z][a-zA-Z0-9]*)|[!?/])")
+_SPACE = re.compile(r"[ \t\r\n\f]+")
+_LARGE_REFERENCE = re.compile(r"&#[xX]?[0-9a-fA-F]{9,};?")  # no character has so large a number
+_UNSEEN_TAGS = ("script", "style", "template", "noscript", "svg")
+_BLOCK_TAGS = "address article aside blockquote body dd details div dl dt figcaption figure footer form header hr html"
+_BLOCK_TAGS += " main nav ol option p pre section select summary table tbody thead ul"
+_TAG_TEXTS = dict.fromkeys(_BLOCK_TAGS.split(), "\n\n")
+_TAG_TEXTS.update({"br": "\n", "tr": "\n", "li": "\n- ", "td": " | ", "th": " | "})
+_TAG_TEXTS.update({"h%d" % level: "\n\n" + "#" * level + " " for level in range(1, 7)}, title="\n\n# ")
+
+
+def _html_text(path, _):
+    """Read like this, since the standard library's parser takes quadratic time for some markup."""
+    import html
+
+    markup, place, is_pre = _decoded(path), 0, False
+    while place < len(markup):
+        tag = _TAG.search(markup, place)
+        text = markup[place : tag.start() if tag else None]
+        if "&" in text:
+            text = html.unescape(_LARGE_REFERENCE.sub("\ufffd", text))
+        yield text if is_pre else _SPACE.sub(" ", text)
+        if not tag:
+            return
+        name, is_end = (tag.group(2) or "").lower(), bool(tag.group(1))
+        yield _tag_text(name, is_end)
+        is_pre = not is_end if name == "pre" else is_pre
+        place = _behind_tag(markup, tag.start(), name, is_end)
+
+
+def _tag_text(name, is_end):
+    """What a tag is in the text."""
+    if is_end and name in ("td", "th", "tr", "li", "br"):
+        return ""
+    return "\n\n" if is_end and name in _TAG_TEXTS else _TAG_TEXTS.get(name, "")
+
+
+def _behind_tag(markup, start, name, is_end):
+    """Where the text goes on: behind a comment, or the end of an element that is not shown.  Unclosed ones take all."""
+    if markup.startswith("<!--", start):
+        end = markup.find("-->", start + 4)
+        return len(markup) if end < 0 else end + 3
+    if name in _UNSEEN_TAGS and not is_end:
+        found = re.compile("</%s" % name, re.IGNORECASE).search(markup, start)
+        start = found.start() if found else len(markup)
+    end = markup.find(">", start)
+    return len(markup) if end < 0 else end + 1
+
+
+def _table_text(path, ending):
+    """Each row as a paragraph of `header: value` lines."""
+    import csv
+    import itertools
+
+    text = _decoded(path)
+    first = text.split("\n", 1)[0]
+    delimiter = "\t" if ending == ".tsv" else max(",;\t", key=first.count)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        header = next(rows, [])
+        yield "\n".join(header) + "\n\n"
+        for row in rows:
+            named = zip(itertools.chain(header, itertools.repeat("")), row)
+            yield "".join("%s: %s\n" % (name, cell) if name else cell + "\n" for name, cell in named if cell) + "\n"
+    except csv.Error as error:
+        raise ValueError("it is no table: line %d: %s" % (rows.line_num, error)) from None
+
+
+def _json_text(path, ending):
+    """Each value at the top, or in the list there, as a paragraph of `path.to.it: value` lines."""
+    text = _decoded(path)
+    lines = enumerate(text.split("\n"), 1) if ending == ".jsonl" else [(1, text)]
+    for number, line in lines:
+        if sum(map(line.count, "{[,")) > MAX_JSON_PARTS:
+            raise ValueError("it has more than %d values" % MAX_JSON_PARTS)
+        try:
+            value = json.loads(line, parse_int=str, parse_float=str) if line.strip() else []  # numbers as written
+        except (ValueError, RecursionError) as error:
+            said = "line %d: %s" % (number, error) if ending == ".jsonl" else error
+            raise ValueError("it is no JSON: %s" % said) from None
+        for item in value if isinstance(value, list) else [value]:
+            yield from _json_lines(item)
+            yield "\n"
+
+
+def _json_lines(value):
+    waiting = [("", value)]
+    while waiting:
+        path, value = waiting.pop()
+        path = path[-MAX_HEADING_CHARACTERS:]  # or many values under a long key make a text out of proportion
+        if isinstance(value, dict):
+            waiting += [(path + "." + key if path else key, part) for key, part in reversed(list(value.items()))]
+        elif isinstance(value, list):
+            waiting += [("%s[%d]" % (path, place), value[place]) for place in reversed(range(len(value)))]
+        else:
+            shown = value if isinstance(value, str) else rock_ms.dump_json(value)
+            yield "%s: %s\n" % (path, shown) if path else shown + "\n"
+
+
+def _docx_text(path, _):
+    import struct
+    import zipfile
+    from xml.parsers import expat
+
+    with open(path, "rb") as file:
+        try:
+            return _WordReader().read(_unpacked(file, "word/document.xml"))
+        except (zipfile.BadZipFile, zlib.error, struct.error, expat.ExpatError, ArithmeticError, LookupError) as error:
+            said = error.args
+        except (OSError, EOFError, RuntimeError) as error:  # RuntimeError: zipfile's word for a password
+            said = error.args
+    raise ValueError("it is no readable DOCX file: %s" % (said[-1] if said else "it is cut off"))
+
+
+def _unpacked(file, name):
+    import zipfile
+
+    with zipfile.ZipFile(file) as archive:
+        part = archive.getinfo(name)
+        if part.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without bounds
+            raise ValueError("it is packed in a way that no DOCX file is")
+        with archive.open(part) as unpacking:
+            data = unpacking.read(MAX_DOCX_BYTES + 1)
+    if len(data) > MAX_DOCX_BYTES:
+        raise ValueError("it unpacks to more than %d bytes" % MAX_DOCX_BYTES)
+    return data
+
+
+class _WordReader:
+    """The text in WordprocessingML.  Its names are compared without their namespaces, of which there are two sets."""
+
+    _SIGNS = {"tab": "\t", "br": "\n", "cr": "\n", "noBreakHyphen": "-"}
+    _ENDS = {"p": "\n\n", "tc": "| ", "tr": "\n", "tbl": "\n"}
+    _HEADING_STYLE = re.compile(r"(?:heading|标题)? ?([1-6])\Z|(title)\Z", re.IGNORECASE)
+
+    def __init__(self):
+        self._pieces = []
+        self._is_text = False
+        self._depths = {"tc": 0, "Fallback": 0}  # cells of tables, in which tables may stand; what old programs show
+
+    def read(self, data: bytes) -> list:
+        """Pieces of text.  Raises ExpatError, ValueError."""
+        from xml.parsers import expat
+
+        parser = expat.ParserCreate(namespace_separator=" ")
+        parser.buffer_text = True
+        parser.StartDoctypeDeclHandler = self._refuse
+        parser.StartElementHandler, parser.EndElementHandler = self._start, self._end
+        parser.CharacterDataHandler = self._say
+        parser.Parse(data, True)  # in pieces, long tokens would be read again with each
+        return self._pieces
+
+    def _refuse(self, *_):
+        raise ValueError("it has a document type definition, which no DOCX file has")
+
+    def _start(self, name, attributes):
+        name = name.rpartition(" ")[2]
+        if name == "t":
+            self._is_text = True
+        elif name in self._SIGNS and not (name == "tab" and attributes):  # one with attributes is a tabulator's place
+            self._add(self._SIGNS[name])
+        elif name == "pStyle":
+            style = next((text for key, text in attributes.items() if key.endswith(" val")), "")
+            heading = self._HEADING_STYLE.match(style)
+            if heading and not self._depths["tc"]:
+                self._add("#" * int(heading.group(1) or 1) + " ")
+        elif name in self._depths:
+            self._depths[name] += 1
+
+    def _end(self, name):
+        name = name.rpartition(" ")[2]
+        if name == "t":
+            self._is_text = False
+        elif name in self._depths:
+            self._depths[name] -= 1
+        self._add(" " if name == "p" and self._depths["tc"] else self._ENDS.get(name, ""))
+
+    def _say(self, text):
+        if self._is_text:
+            self._add(text)
+
+    def _add(self, text):
+        if not self._depths["Fallback"]:
+            self._pieces.append(text)
+
+
+_READ_PDF = """
+import os, resource, sys
+path, seconds, memory = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))  # should nobody be left to end it
+resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+try:
+    import pypdf
+except ImportError:
+    os.execlp("pdftotext", "pdftotext", "-q", "-enc", "UTF-8", "--", path, "-")
+for page in pypdf.PdfReader(path).pages:
+    sys.stdout.buffer.write((page.extract_text() + "\\n\\n").encode("utf-8", "replace"))
+"""
+
+
+def _pdf_text(path, _):
+    """By another program, in a process whose time, memory and output are bounded."""
+    import importlib.util
+
+    if not importlib.util.find_spec("pypdf") and not shutil.which("pdftotext"):
+        raise ValueError("reading PDF needs pypdf (pip install pypdf), or pdftotext (of poppler-utils)")
+    with open(path, "rb") as file:
+        if b"%PDF-" not in file.read(1024):
+            raise ValueError("it is no PDF file")
+    command = [*rock_ms.interpreter(), "-c", _READ_PDF, os.path.abspath(path)]
+    command += [str(PDF_SECONDS), str(PDF_MEMORY_BYTES)]
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, stdin=quiet, stdout=subprocess.PIPE, stderr=quiet) as reader:
+        timer = threading.Timer(PDF_SECONDS, reader.kill)
+        timer.start()
+        try:
+            data = reader.stdout.read(MAX_TEXT_FILE_BYTES + 1)
+            if len(data) > MAX_TEXT_FILE_BYTES:
+                reader.kill()
+            code = reader.wait()
+        finally:
+            timer.cancel()
+    if code < 0:
+        raise ValueError("it takes longer than %d s, or has more than %d bytes" % (PDF_SECONDS, MAX_TEXT_FILE_BYTES))
+    if code:
+        raise ValueError("it is damaged or encrypted, or takes too much memory")
+    yield data.decode("utf-8", "replace").replace("\f", "\n\n")
+
+
+_READERS = {
+    **dict.fromkeys((".txt", ".md", ".markdown", ".rst", ".log"), _plain_text),
+    **dict.fromkeys((".html", ".htm"), _html_text),
+    **dict.fromkeys((".csv", ".tsv"), _table_text),
+    **dict.fromkeys((".json", ".jsonl"), _json_text),
+    ".docx": _docx_text,
+    ".pdf": _pdf_text,
+}
+
+
+# ======================================================================================================================
+# Knowledge: which passages of a user's files a question is about.
+#
+#   Chunks       A text is cut at the ends of paragraphs, else of sentences, into pieces that are found and shown alone.
+#                Each begins with the headings that it stands under.
+#   Terms        Words, lower-cased, which SQLite then reduces to their stems (Porter's, for English).  What is written
+#                without spaces, as Chinese, becomes its overlapping pairs of characters: so words are found without a
+#                dictionary.  A question leaves out the words that any question has.
+#   Index        Each uuid_str has an SQLite file of its own: neither the order of its passages nor the time it takes to
+#                find them depends on what others have, and no statement reaches what is theirs.  In that file a name
+#                leads to the digest of its content; passages belong to the digest, so equal files share them.
+#   Many         Each call has a connection of its own, 0.4 ms.  Several read while one writes (WAL); who writes does so
+#   at once      in one transaction, which a kill undoes.
+# ======================================================================================================================
+
+# What is written without spaces between words, or with endings joined to them: Thai to Khmer, kana, Han, Hangul.
+_JOINED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uf900-\ufaff"
+_JOINED += "\U00020000-\U0003ffff"
+_JOINED_RUN = re.compile("[%s]+" % _JOINED)
+_TERM = re.compile(r"([%s]+)|[0-9]{1,32}(?:\.[0-9]{1,32})+|[^\W_%s]{1,64}" % (_JOINED, _JOINED))
+_STOP_WORDS = """
+a about am an and any are as at be been but by can could did do does for from get had has have he her his how i if
+in into is it its know many may me much must my need of often on or our please s shall she should so t tell than
+that the their them then there these they this to us was we were what when where which who whom whose why will with
+would you your
+"""
+_STOP_TERMS = frozenset(_STOP_WORDS.split())
+_STOP_PHRASES = re.compile(
+    "请问|告诉我|为什么|什么时候|什么|怎么样|怎么办|怎么|怎样|如何|多少|多久|多长时间|哪里|哪些|哪个|哪种|是不是|能不能|"
+    "是否|能否|可以|应该|需要|我的|我们|[的了吗呢吧啊呀]"
+)
+_HEADING = re.compile(r"(#{1,6})[ \t]+(\S.*)")
+_UNDERLINED = re.compile(r"^(?=\S)(.{1,200})\n([=~^-])\2{2,}[ \t]*$", re.MULTILINE)  # a heading in reStructuredText
+_SENTENCE_END = re.compile(r"[。！？；]+[”’」』）]*|[.!?;][\"')\]]*\s+|\n+")
+
+
+def terms_of(text: str) -> list:
+    """What a text is found by, in its order."""
+    terms = []
+    for match in _TERM.finditer(unicodedata.normalize("NFKC", text).casefold()):
+        term = match.group()
+        if match.group(1) and len(term) > 1:
+            terms += [term[place : place + 2] for place in range(len(term) - 1)]
+        else:
+            terms.append(term)
+    return terms
+
+
+def query_terms(query: str) -> list:
+    """What to look for: each term of a question once, but for words that say nothing unless there are no others."""
+    query = _ends(query, MAX_QUERY_CHARACTERS)
+    terms = [term for term in terms_of(_STOP_PHRASES.sub(" ", query)) if term not in _STOP_TERMS]
+    return _ends(list(dict.fromkeys(terms or terms_of(query))), MAX_QUERY_TERMS)
+
+
+def _ends(long, most):
+    """The beginning and the end of what is too long: a question stands before or behind the text that it comes with."""
+    return long if len(long) <= most else long[: most // 2] + long[-(most // 2) :]
+
+
+def chunks_of(text: str) -> list:
+    """A text in pieces of at most 1,000 characters, of which one that is written without spaces counts twice."""
+    chunks = []
+    for heading, body in _sections(text):
+        start = heading + "\n" if heading else ""
+        pieces = _pieces(body, CHUNK_WIDTH - _width(start))
+        for chunk in [(start + piece.strip("\n")).rstrip() for piece in pieces]:
+            if chunks and _width(chunks[-1]) + _width(chunk) < MIN_CHUNK_WIDTH:
+                chunks[-1] += "\n\n" + chunk
+            elif chunk:
+                chunks.append(chunk)
+    return chunks
+
+
+def _width(text):
+    return len(text) + sum(map(len, _JOINED_RUN.findall(text)))
+
+
+def _sections(text):
+    """(headings above it, text) of each piece between two headings."""
+    headings, lines = [], []
+    for line in _UNDERLINED.sub(r"# \1", text).splitlines():
+        match = _HEADING.match(line)
+        if not match:
+            lines.append(line)
+            continue
+        level = len(match.group(1))
+        is_text = any(map(str.strip, lines))
+        if is_text or headings and level <= headings[-1][0]:
+            yield _trail(headings), "\n".join(lines)
+        lines = []
+        headings = [above for above in headings if above[0] < level] + [(level, match.group(2).strip(" \t#"))]
+    if headings or any(map(str.strip, lines)):
+        yield _trail(headings), "\n".join(lines)
+
+
+def _trail(headings):
+    return " > ".join(title for _, title in headings)[-MAX_HEADING_CHARACTERS:]
+
+
+def _pieces(body, room):
+    """A section in pieces.  One that begins within a paragraph repeats the sentence before, where it is short."""
+    units, used = [], 0
+    for paragraph in re.split(r"\n(?:[ \t]*\n)+", body):
+        for place, unit in enumerate(_sentences(paragraph, room)):
+            unit = unit if place else "\n\n" + unit
+            width = _width(unit)
+            if units and used + width > room:
+                yield "".join(units)
+                is_kept = place and _width(units[-1]) <= min(OVERLAP_WIDTH, room - width)
+                units = units[-1:] if is_kept else []
+                used = sum(map(_width, units))
+            units.append(unit)
+            used += width
+    yield "".join(units)
+
+
+def _sentences(paragraph, room):
+    """The whole paragraph where there is room for it, else its sentences, cut where there is no room for one."""
+    if _width(paragraph) <= room:
+        yield paragraph
+        return
+    start = 0
+    for end in [*(match.end() for match in _SENTENCE_END.finditer(paragraph)), len(paragraph)]:
+        sentence, start = paragraph[start:end], end
+        if _width(sentence) <= room:
+            yield sentence
+        else:
+            size = room // 2 if _JOINED_RUN.search(sentence) else room
+            yield from re.findall(r"(?s).{1,%d}(?=\s)|.{1,%d}" % (size, size), sentence)
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A piece of a file that a question may be about.  score: by BM25, larger is better; only for comparison."""
+
+    file: str
+    text: str
+    score: float
+
+
+class KnowledgeBase:
+    """The passages of all users' files.
+
+    path: of a directory, made where it is missing, with a file for each uuid_str.  Its methods may be called by many
+    threads at once, and there is nothing to close.  They raise StorageError.
+    """
+
+    def __init__(self, path: str):
+        try:
+            import sqlite3
+        except ImportError:
+            raise StorageError("knowledge needs SQLite, which this Python was built without") from None
+        self._path = path
+        self._making = threading.Lock()
+        self._connect = partial(sqlite3.connect, timeout=KNOWLEDGE_SECONDS, isolation_level=None)
+        self._errors = sqlite3.Error
+        with self._storing("this Python's SQLite %s cannot search texts" % sqlite3.sqlite_version):
+            with contextlib.closing(self._connect(":memory:")) as database:
+                database.execute("CREATE VIRTUAL TABLE passages USING fts5(terms)")
+        with self._storing(path):
+            os.makedirs(path, 0o700, exist_ok=True)
+
+    @contextlib.contextmanager
+    def _storing(self, what):
+        try:
+            yield
+        except (self._errors, OSError) as error:
+            raise StorageError("knowledge: %s: %s" % (what, error)) from error
+
+    @contextlib.contextmanager
+    def _opened(self, uuid_str, is_made=False):
+        """A connection to a user's file, in a transaction, to write if it `is_made`; None where there is no file."""
+        name = hashlib.sha256(uuid_str.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        path = os.path.join(self._path, name + ".sqlite3")
+        with self._storing(path):
+            if is_made:
+                self._make(path)
+            elif not os.path.exists(path):
+                yield None
+                return
+            with contextlib.closing(self._connect(path)) as database:
+                database.execute("BEGIN IMMEDIATE" if is_made else "BEGIN")  # all that is read is of one state
+                yield database
+                database.execute("COMMIT")
+
+    def _make(self, path):
+        """Make a file whole, or find it so."""
+        with self._making:
+            if os.path.exists(path):
+                return
+            new = path + ".new"
+            with contextlib.suppress(FileNotFoundError):  # of one that was killed here
+                os.remove(new)
+            os.close(os.open(new, os.O_RDWR | os.O_CREAT, 0o600))
+            with contextlib.closing(self._connect(new)) as database:
+                database.execute("CREATE TABLE names (name PRIMARY KEY, digest)")
+                # ascii: of terms, only the dot in a number is a separator
+                columns = "terms, digest, text UNINDEXED, tokenize = 'porter ascii'"
+                database.execute("CREATE VIRTUAL TABLE passages USING fts5(%s)" % columns)
+                database.execute("PRAGMA journal_mode = WAL")
+            os.rename(new, path)
+
+    def add(self, uuid_str: str, name: str, digest: str, text: str) -> None:
+        """Make a text, with the hexadecimal digest of its file, what is known under a name."""
+        with self._opened(uuid_str, is_made=True) as database:
+            contents = _contents(database)
+            replaced = contents.get(name)
+            if replaced != digest:
+                database.execute("REPLACE INTO names VALUES (?, ?)", [name, digest])
+                if list(contents.values()).count(replaced) == 1:
+                    gone = "DELETE FROM passages WHERE rowid IN (SELECT rowid FROM passages WHERE passages MATCH ?)"
+                    database.execute(gone, [_any_of("digest", [replaced])])
+                if digest not in contents.values():
+                    rows = ((" ".join(terms_of(chunk)), digest, chunk) for chunk in chunks_of(text))
+                    database.executemany("INSERT INTO passages VALUES (?, ?, ?)", rows)
+
+    def names(self, uuid_str: str) -> list:
+        """The names of a user's files."""
+        with self._opened(uuid_str) as database:
+            return sorted(_contents(database))
+
+    def digest_of(self, uuid_str: str, name: str) -> str | None:
+        """The digest of what is known under a name."""
+        with self._opened(uuid_str) as database:
+            return _contents(database).get(name)
+
+    def search(self, uuid_str: str, query: str, names: list | None = None, limit: int = 8) -> list:
+        """The Passages of a user's files, or of those of the given names, that a question is about, best first."""
+        terms = query_terms(query)
+        with self._opened(uuid_str) as database:
+            contents = _contents(database)
+            asked = [name for name in sorted(contents, reverse=True) if names is None or name in names]
+            files = {contents[name]: name for name in asked}
+            if not terms or not files:
+                return []
+            wanted = _any_of("terms", terms)
+            if len(files) < len(set(contents.values())):
+                wanted = "(%s) AND (%s)" % (wanted, _any_of("digest", files))
+            statement = "SELECT digest, text, rank FROM passages WHERE passages MATCH ? AND rank MATCH 'bm25(1.0, 0.0)'"
+            rows = database.execute(statement + " ORDER BY rank, rowid LIMIT ?", [wanted, limit])
+            return [Passage(files[digest], text, -rank) for digest, text, rank in rows]
+
+
+def _contents(database):
+    """The digest of each name's content."""
+    return dict(database.execute("SELECT name, digest FROM names")) if database else {}
+
+
+def _any_of(column, terms):
+    """An FTS5 query.  In its quotes all is data; terms have no quotes.  A single character may begin a pair."""
+    stars = ["*" if len(term) == 1 and _JOINED_RUN.match(term) else "" for term in terms]
+    return " OR ".join('%s : "%s"%s' % (column, term, star) for term, star in zip(terms, stars))
+
+
+def retrieved_text(passages: list, limit: int) -> str:
+    """The passages as a model reads them, each under its file's name, in at most `limit` characters; "" for none."""
+    text = "\n\n".join("[%s]\n%s" % (passage.file, passage.text) for passage in passages)
+    return text if len(text) <= limit else text[: max(0, limit - 4)] + " ..."[:limit]
 
 
 # ======================================================================================================================
