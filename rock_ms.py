@@ -3160,8 +3160,9 @@ class ServiceState:
         """Why a second one cannot start."""
         state = self.read()
         where = "%s:%s" % (state.get("host", "?"), state.get("port", "?"))
-        message = "a %s already runs (pid %s, %s); stop it first, or give another --data-dir"
-        return message % (self.title, state.get("pid", "?"), where)
+        article = "an" if self.title[0] in "aeiou" else "a"
+        message = "%s %s already runs (pid %s, %s); stop it first, or give another --data-dir"
+        return message % (article, self.title, state.get("pid", "?"), where)
 
     def verified_pid(self, seconds: float) -> int | None:
         """The running service's process number, None where it is not the process that wrote the state.

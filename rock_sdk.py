@@ -95,6 +95,7 @@ MAX_SAID_CHARACTERS = 2000  # of what a failed command said: its end, in an erro
 DEFAULT_MANAGER_URL = "http://localhost:31511"  # of a tool manager; modelscope-agent's own
 REGISTRY_NAME = "tools.sqlite3"
 TOOL_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z"  # of a tool, a tenant, a document: fit for a path and a command
+NAME_RULE = "%s must be 1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first"
 ORIGINAL_IMAGE = "modelscope-agent/tool-node"  # of the original, which cannot be had
 NODE_ID = r"[0-9a-f]{32}\Z"
 NODE_VARIABLE = "ROCK_TOOL_NODE"  # in the environment of every process of a node: how they are found
@@ -149,6 +150,25 @@ MAX_QUERY_CHARACTERS = 10_000  # of a question, which may come with a text of an
 MAX_QUERY_TERMS = 60
 KNOWLEDGE_SECONDS = 60.0  # for another to have added a large file to the same user's
 TIMED_OUT, KILLED = 124, 137  # exit codes, as of timeout(1) and of a shell whose command got SIGKILL
+SERVER_TYPES = ("tool-manager", "assistant")
+MODEL_SERVERS = {
+    "dashscope": "https://dashscope.aliyuncs.com/compatible-mode/v1",
+    "openai": "https://api.openai.com/v1",
+    "ollama": "http://127.0.0.1:11434/v1",
+    "modelscope": "https://api-inference.modelscope.cn/v1",
+    "vllm": "http://127.0.0.1:8000/v1",
+}
+MODEL_KEY_VARIABLES = {"dashscope": "DASHSCOPE_API_KEY", "openai": "OPENAI_API_KEY", "modelscope": "MODELSCOPE_API_KEY"}
+MAX_MODEL_ANSWER_BYTES = 64 * 1024 * 1024  # of one answer of a model
+MAX_STOP_WORDS = 4  # in a request, as OpenAI's API has it
+MAX_CHOICES = 128  # in an answer, as OpenAI's API has it
+MAX_TURNS = 10  # of an agent, as in modelscope-agent
+MAX_OBSERVATION_CHARACTERS = 8000  # of what a tool answered, for the model
+KNOWLEDGE_LIMIT = 4000  # characters of uploaded files for the model, as in modelscope-agent
+ASSISTANT_TRAJ_NAME = "AssistantTraj.jsonl"
+MAX_FILE_BYTES = 100 * 1024 * 1024  # of an uploaded file
+PARALLEL_INDEXING = 2  # uploads that are read at once: it takes a processor each
+OBSERVATION_LABEL = "Observation:"  # where a model has to stop: what follows is not its to say
 
 logger = logging.getLogger("rock_sdk")
 logger.addHandler(logging.NullHandler())
@@ -1623,6 +1643,13 @@ def language_of(messages: list) -> str:
     return "en"
 
 
+def check_messages(messages: object) -> None:
+    """Refuse, with ValueError that names the place, what are no messages of a chat."""
+    _check("messages", messages, list)
+    for number, message in enumerate(messages):
+        _check_message("messages[%d]" % number, message)
+
+
 def prompted_messages(
     messages: list, functions: list, choice: str = "auto", is_parallel: bool = True, language: str | None = None
 ) -> list:
@@ -1636,9 +1663,7 @@ def prompted_messages(
     choice: "none", "auto", "required", or the name of the function to use.  language: "zh" or "en", if it is known.
     Raises ValueError, which names the message, as `messages[2].content must be ...`, or the function not there.
     """
-    _check("messages", messages, list)
-    for number, message in enumerate(messages):
-        _check_message("messages[%d]" % number, message)
+    check_messages(messages)
     functions = _offered(functions, choice)
     prompts = _PROMPTS[language or language_of(messages)]
     step = prompts["next" if choice == "auto" and functions else "next_required" if functions else "next_none"]
@@ -4599,7 +4624,7 @@ def _as_cpus(value):
 class ManagerSettings:
     """What the tool manager can be told.  Precedence: command line, environment, config file, default."""
 
-    type: str = setting("tool-manager", rock_ms.one_of("tool-manager"), "which server: tool-manager", flag="--type")
+    type: str = setting("tool-manager", rock_ms.one_of(*SERVER_TYPES), "which server: tool-manager", flag="--type")
     runtime: str = setting(
         "docker",
         rock_ms.one_of("docker", "process"),
@@ -5090,7 +5115,7 @@ class ToolManager:
 # Tool service: the manager over HTTP, with modelscope-agent's requests and answers.
 # ======================================================================================================================
 
-_NAMES = ("tool_name", "tenant_id", "openapi_name")  # what becomes part of paths, commands and of other names
+_NAMES = ("tool_name", "tenant_id", "openapi_name", "uuid_str")  # what becomes part of paths and of commands
 _NAME = {"type": "string", "pattern": TOOL_NAME.replace(r"\Z", "$")}
 _TOOL = {"tool_name": {**_NAME, "description": "a built-in tool, or one of the manager's tool_dir"}}
 _TENANT = {"tenant_id": {**_NAME, "default": "default", "description": "whose tool it is"}}
@@ -5141,8 +5166,7 @@ class Endpoint:
         values = {name: value for name, value in values.items() if value is not None}
         for name in _NAMES:
             if isinstance(values.get(name), str) and not re.match(TOOL_NAME, values[name]):
-                message = "%s must be 1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first"
-                raise ApiError(400, message % name, param=name)
+                raise ApiError(400, NAME_RULE % name, param=name)
         try:
             rock_ms.check_arguments(values, self.schema())
         except ValueError as error:
@@ -5525,7 +5549,7 @@ class DocumentError(RockError):
 
 
 _UNWRITTEN = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
-_EMPTY_LINES = re.compile(r"\n(?:[ \t]*\n){2,}")
+_EMPTY_LINES = re.compile(r"\n[ \t\n]*\n")  # no group repeats: each time would take memory
 _BOMS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 
 
@@ -5859,6 +5883,7 @@ _SENTENCE_END = re.compile(r"[。！？；]+[”’」』）]*|[.!?;][\"')\]]*\s
 
 def terms_of(text: str) -> list:
     """What a text is found by, in its order."""
+
     terms = []
     for match in _TERM.finditer(unicodedata.normalize("NFKC", text).casefold()):
         term = match.group()
@@ -5924,7 +5949,7 @@ def _trail(headings):
 def _pieces(body, room):
     """A section in pieces.  One that begins within a paragraph repeats the sentence before, where it is short."""
     units, used = [], 0
-    for paragraph in re.split(r"\n(?:[ \t]*\n)+", body):
+    for paragraph in _EMPTY_LINES.split(body):
         for place, unit in enumerate(_sentences(paragraph, room)):
             unit = unit if place else "\n\n" + unit
             width = _width(unit)
@@ -6355,12 +6380,245 @@ def _discard(path):
 
 
 # ======================================================================================================================
-# Model servers: vLLM as a child of this process.
+# Model servers: who answers what the assistant asks. Requests go out as the proxy's do, with its attempts, connections,
+# keys and records, and what comes back is read here.  vLLM may be a child of this process.
 #
 #   Supervisor   vLLM is begun by a small process that waits for the end of its own standard input, which comes when we
 #                close it and when we are gone, however that happened.  Then vLLM's process group is asked to end, and
 #                killed when it does not; and once vLLM has ended by itself, what is left of the group is killed.
 # ======================================================================================================================
+
+
+@dataclass(frozen=True)
+class Caller:
+    """On whose behalf a model is asked.
+
+    sock: of the client that waits; its hang-up ends the call.  headers: (lower-case name, value) pairs that go along.
+    """
+
+    sock: object
+    headers: tuple = ()
+
+    def with_key(self, api_key: str | None) -> Caller:
+        """The same with another key; None leaves the client's own."""
+        if not api_key:
+            return self
+        others = tuple((name, value) for name, value in self.headers if name != "authorization")
+        return replace(self, headers=(*others, ("authorization", "Bearer " + api_key)))
+
+
+def caller_of(request: rock_ms.Request) -> Caller:
+    """Whoever sent a request, with its key, and the proxies that it came through: one of them may be this service."""
+    kept = tuple((name, value) for name, value in request.head.headers if name in ("authorization", "via"))
+    return Caller(request.sock, kept)
+
+
+class ModelAnswer:
+    """What a model server answers.  One of `whole`, `chunks` and `passed_on` is called, once.
+
+    reply: a Reply of the proxy.  request: what was sent.  completion: once all has come, the whole of it.
+    Raises ApiError with what the model server said is wrong, ClientGone.
+    """
+
+    def __init__(self, reply: rock_ms.Reply, request: dict):
+        self._reply = reply
+        self._request = request
+        self._is_closed = False
+        self.completion = {}
+        if reply.status >= 400:
+            raise self._refusal()
+
+    def _refusal(self):
+        said = b"".join(self._pieces()).decode("utf-8", "replace")
+        message = said
+        with contextlib.suppress(ValueError):
+            message = rock_ms.error_message(rock_ms.parse_json(said)) or said
+        message = "the model server answered %d: %s" % (self._reply.status, rock_ms.shortened(message) or "nothing")
+        kept = [field for field in self._reply.headers if field[0].lower() in ("retry-after", "x-should-retry")]
+        return ApiError(self._reply.status, message, code="model_server_error", headers=kept)
+
+    def _pieces(self):
+        reply, size = self._reply, 0
+        try:
+            for piece in [reply.body or b""] if reply.pieces is None else reply.pieces:
+                size += len(piece)
+                if size > MAX_MODEL_ANSWER_BYTES:
+                    raise ApiError(502, "the model server's answer has more than %d bytes" % MAX_MODEL_ANSWER_BYTES)
+                yield piece
+            self.close(True)
+        except rock_ms.ReplyBroken as error:
+            raise ApiError(error.status, "the model server: %s" % error, code="model_server_error") from None
+        finally:
+            self.close()
+
+    def close(self, is_whole: bool = False) -> None:
+        """End the call, if it has not ended.  is_whole: whether all of the answer has been taken."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self._reply.pieces is not None:
+            self._reply.pieces.close()
+        if self._reply.done:
+            self._reply.done(is_whole)
+
+    def passed_on(self) -> rock_ms.Reply:
+        """A reply that is this answer, as it comes."""
+        return self._reply
+
+    def whole(self) -> dict:
+        """The completion."""
+        data = b"".join(self._pieces())
+        try:
+            self.completion = rock_ms.json_object(data.decode("utf-8"), "the model server's answer")[1]
+            if not _are_choices(self.completion.get("choices")):
+                raise ValueError("the model server's answer has no choices with a message")
+        except ValueError as error:
+            raise ApiError(502, str(error), code="model_server_error") from None
+        return self.completion
+
+    def chunks(self):
+        """Yields `chat.completion.chunk` objects as they come, also where the model server sends no stream."""
+        if not any(name.lower() == "content-type" and "event-stream" in value for name, value in self._reply.headers):
+            yield from rock_ms.completion_chunks(self.whole(), self._request, 0, time.time())
+            return
+        events, parser = rock_ms.CompletionEvents(), rock_ms.EventParser()
+        with contextlib.closing(self._pieces()) as pieces:
+            for piece in pieces:
+                yield from self._chunks_of(parser.feed(piece), events)
+        yield from self._chunks_of(parser.end(), events)
+        if not events.is_finished:
+            raise ApiError(502, "the model server's stream ended before its answer was over", code="model_server_error")
+        self.completion = events.response() or {}
+
+    @staticmethod
+    def _chunks_of(parsed, events):
+        for name, data in parsed:
+            events.add(name, data)
+            if events.error:
+                raise ApiError(502, "the model server: %s" % rock_ms.shortened(events.error), code="model_server_error")
+            with contextlib.suppress(ValueError):
+                chunk = rock_ms.parse_json(data)
+                if isinstance(chunk, dict):
+                    yield chunk
+
+
+def _are_choices(choices):
+    choices = choices if isinstance(choices, list) else []
+    return bool(choices) and all(isinstance(item, dict) and isinstance(item.get("message"), dict) for item in choices)
+
+
+class ModelClient:
+    """Asks one model server for chat completions.
+
+    settings: ServiceSettings of the proxy type.  trajectory: has an AppendFile's `path` and `append`.
+    """
+
+    def __init__(self, settings: rock_ms.ServiceSettings, trajectory, logger):
+        self._proxy = rock_ms.ProxyService(None, settings, trajectory, rock_ms.http_proxies(os.environ), logger)
+
+    def ask(self, body: dict, caller: Caller) -> ModelAnswer:
+        """What comes of a request to /v1/chat/completions.  Raises ApiError, ClientGone, StorageError."""
+        data = rock_ms.dump_json(body).encode("utf-8")
+        headers = (*caller.headers, ("content-type", "application/json"))
+        head = rock_ms.RequestHead("POST", "/v1/chat/completions", None, False, headers, len(data))
+        return ModelAnswer(self._proxy.forward(rock_ms.Request(head, data, "", None, caller.sock)), body)
+
+    def forward(self, request: rock_ms.Request) -> rock_ms.Reply:
+        """A client's own request, as it came, and the answer as it comes."""
+        return self._proxy.forward(request)
+
+    def gauges(self) -> dict:
+        """Numbers for /metrics."""
+        return self._proxy.gauges()
+
+    def stop(self) -> None:
+        """End what waits for another attempt."""
+        self._proxy.stop()
+
+    def close(self) -> None:
+        """Close what is left."""
+        self._proxy.close()
+
+
+class Model:
+    """A model, as one caller asks it.
+
+    options: more fields of each request, as temperature.  tool_calling: "prompt", or "native" for one that can call
+    functions itself.
+    """
+
+    def __init__(self, client: ModelClient, name: str, caller: Caller, options=None, tool_calling: str = "prompt"):
+        self._client = client
+        self._name = name
+        self._caller = caller
+        self._options = options or {}
+        self.tool_calling = tool_calling
+
+    def ask(self, messages: list, **more) -> ModelAnswer:
+        """Its answer, as a stream.  more: fields of the request."""
+        body = {**self._options, "model": self._name, "messages": messages, "stream": True, **more}
+        return self._client.ask(body, self._caller)
+
+
+class _NoRecord:
+    """Where calls are not written down."""
+
+    path = os.devnull
+
+    def append(self, line):
+        """Forget it."""
+
+
+@contextlib.contextmanager
+def opened_model(llm: dict):
+    """The Model of a configuration, for as long as the context lasts.  Raises UsageError.
+
+    llm: modelscope-agent's `{"model", "model_server", "api_key", "generate_cfg"}`.  model_server: a name or a base URL,
+    by default dashscope.  Without an api_key the model server's usual environment variable has it.  Also understood:
+    `tool_calling`, "prompt" or "native".
+    """
+    server = llm.get("model_server") or "dashscope"
+    url = MODEL_SERVERS.get(server, server)
+    api_key = llm.get("api_key") or os.environ.get(MODEL_KEY_VARIABLES.get(server, ""))
+    options = llm.get("generate_cfg") or llm.get("generate_config") or {}
+    values = [("model_server", url, rock_ms.as_url), ("generate_cfg", options, rock_ms.as_object)]
+    values += [("model", llm.get("model"), rock_ms.as_text)]
+    values += [("api_key", api_key, rock_ms.as_api_key)] if api_key else []
+    for name, value, parse in values:
+        try:
+            parse(value)
+        except ValueError as error:
+            raise UsageError(
+                "llm: %s %s%s" % (name, error, "" if name == "api_key" else ", got %r" % (value,))
+            ) from None
+    client_end, our_end = socket.socketpair()  # the client that waits: one that never hangs up
+    settings = rock_ms.ServiceSettings(type="proxy", proxy_base_url=url.rstrip("/"))
+    client = ModelClient(settings, _NoRecord(), logger)
+    try:
+        yield Model(client, llm["model"], Caller(our_end).with_key(api_key), options, llm.get("tool_calling", "prompt"))
+    finally:
+        client.stop()
+        client.close()
+        client_end.close()
+        our_end.close()
+
+
+def native_tool(function: Function) -> dict:
+    """A function as a model that can call it is told of it."""
+    said = {"name": function.name, "description": function.description, "parameters": function.schema}
+    return {"type": "function", "function": said}
+
+
+def tool_call(call: FunctionCall | BadCall) -> dict:
+    """A call as a message of OpenAI's has it, with an id; a bad one without arguments."""
+    function = {"name": call.name or "unknown", "arguments": getattr(call, "arguments", "{}")}
+    return {"id": "call_" + uuid.uuid4().hex[:24], "type": "function", "function": function}
+
+
+def native_choice(choice: str) -> object:
+    """The `tool_choice` of such a request.  choice: "none", "auto", "required", or the name of a function."""
+    return choice if choice in ("none", "auto", "required") else {"type": "function", "function": {"name": choice}}
+
 
 _SUPERVISE = """import os, signal, subprocess, sys, threading
 
@@ -6375,6 +6633,7 @@ def follow():
     end_group(signal.SIGKILL)
     os._exit(code if code >= 0 else 128 - code)
 
+signal.pthread_sigmask(signal.SIG_SETMASK, [])  # a server that waits for its own end has them blocked
 signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 child = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL, start_new_session=True)
 following = threading.Thread(target=follow)
@@ -6514,79 +6773,1274 @@ class VLLMServer:
 
 
 # ======================================================================================================================
+# Agent: asks a model, calls the tools that it asks for, and goes on until it has answered.
+#
+#   A turn       is one answer of the model.  Its text is passed on as it comes.  If it has actions, their tools are
+#                called, what comes of them is passed on as `Observation: <result>…</result>` lines and `Answer:`, and
+#                the next turn begins.  A tool that fails, an unknown one, or input that is no JSON is an observation,
+#                too: the model may do better.  In the last turn there are no tools, so that there is an answer.
+#   The caller's tools are those that only it has.  An action with one of them ends the run: `tool_calls` has them.
+# ======================================================================================================================
+
+_AGENT_PROMPTS = {
+    "zh": {
+        "knowledge": "# 参考资料\n\n下面是检索到的资料，每一段都标明了所在的文件。"
+        "回答时请以它们为依据，资料中没有的内容不要编造。\n\n%s",
+        "role": "# 角色\n\n%s",
+        "name": "你的名字是%s。",
+        "do": "你要做的事：%s",
+    },
+    "en": {
+        "knowledge": "# Reference material\n\nThese passages were found for the question, each under the name of its "
+        "file. Base the answer on them, and do not make up what they do not say.\n\n%s",
+        "role": "# Role\n\n%s",
+        "name": "Your name is %s.",
+        "do": "What you do: %s",
+    },
+}
+
+
+def role_text(instruction: str | dict | None, language: str) -> str:
+    """What an agent is told to be: a text, or modelscope-agent's `{"name", "description", "instruction"}`."""
+    if not isinstance(instruction, dict):
+        return instruction or ""
+    prompts, said = _AGENT_PROMPTS[language], instruction.get("instruction") or ""
+    said = "\n".join(map(str, said)) if isinstance(said, list) else str(said)
+    parts = [prompts["name"] % instruction["name"] if instruction.get("name") else ""]
+    parts += [str(instruction.get("description") or ""), prompts["do"] % said if said else ""]
+    return "\n".join(filter(None, parts))
+
+
+class LocalTool:
+    """A tool that runs in this process.  tool: a rock_ms.Tool."""
+
+    def __init__(self, tool: rock_ms.Tool):
+        self._tool = tool
+        self.name, self.description, self.parameters = tool.name, tool.description, tool.parameters
+
+    def call(self, params: str | dict, **kwargs) -> object:
+        """What it answers.  Raises ValueError for bad arguments, and whatever it raises."""
+        return self._tool.run(*self._tool.check(params), kwargs)
+
+
+@dataclass(frozen=True)
+class AgentTurn:
+    """What a model said in a turn.  calls: FunctionCall and BadCall, in order."""
+
+    content: str
+    calls: tuple
+
+
+_DEFINED_BY = {"name", "function", "description", "parameters"}  # keys of a tool's definition
+
+
+class RolePlay:
+    """An agent with modelscope-agent's arguments, which runs the loop of model and tools.
+
+    function_list: tools, each the name of a built-in one or `{name: its configuration}`; a class or function, as a
+    tool's file may hold; an object with name, description, parameters and `call(params, **kwargs)`; or the definition
+    of a tool of the caller's, `{"name", "description", "parameters"}`, also as in a request's `tools`.
+    llm: as `opened_model` takes it, or a Model.
+    instruction: what the agent is, a text or `{"name", "description", "instruction"}`.
+    use_tool_api: named tools run in the tool manager; then tenant_id, tool_service_manager_url and user_token are used,
+    as in a ToolServiceProxy.
+    max_turns: how many turns may call tools.
+
+    functions: what the tools are.  tool_calls: after a run, those of the caller's tools that the model wants called, as
+    in a message of OpenAI's.
+    Raises UsageError, and ToolError where a tool does not run in the tool manager.
+    """
+
+    def __init__(
+        self,
+        function_list: list | None = None,
+        llm: dict | Model | None = None,
+        storage_path: str | None = None,
+        name: str | None = None,
+        description: str | None = None,
+        instruction: str | dict | None = None,
+        use_tool_api: bool = False,
+        max_turns: int = MAX_TURNS,
+        **kwargs,
+    ):
+        if not isinstance(llm, (dict, Model)):
+            raise UsageError("llm must say which model, as {'model': 'qwen-max', 'model_server': 'dashscope'}")
+        self._llm = llm
+        if name or description:
+            instruction = instruction if isinstance(instruction, dict) else {"instruction": instruction or ""}
+            instruction = {"name": name, "description": description, **instruction}
+        self._instruction = instruction
+        self._max_turns = max_turns
+        self._options = kwargs
+        self._tools = {}  # by name; None for those of the caller
+        functions = []
+        for item in function_list or ():
+            tool, definition = self._tool_of(item, use_tool_api)
+            try:
+                (function,) = functions_of([definition])
+            except ValueError as error:
+                raise UsageError("function_list: %s" % error) from None
+            if function.name in self._tools:
+                raise UsageError("function_list has two tools %s" % function.name)
+            self._tools[function.name] = tool
+            functions.append(function)
+        self.functions = functions
+        self.tool_calls = []
+
+    def _tool_of(self, item, use_tool_api):
+        """(a tool, its definition); the tool is None where only the caller has it."""
+        if isinstance(item, dict) and not _DEFINED_BY.isdisjoint(item):
+            return None, item
+        if isinstance(item, dict) and len(item) != 1:
+            raise UsageError("function_list: a tool is {name: its configuration}, or has a name")
+        name, cfg = next(iter(item.items())) if isinstance(item, dict) else (item, {})
+        if isinstance(name, str) and use_tool_api:
+            names = ("tenant_id", "tool_service_manager_url", "user_token")
+            given = {key: self._options[key] for key in names if self._options.get(key)}
+            tool = ToolServiceProxy(name, cfg, **given)
+        elif isinstance(name, str):
+            tool = LocalTool(rock_ms.load_tool(name, None, cfg or {}))
+        elif callable(item):
+            tool = LocalTool(rock_ms.tool_of(item, getattr(item, "__name__", "?"), {}))
+        else:
+            tool = item
+        try:
+            return tool, {key: getattr(tool, key) for key in ("name", "description", "parameters")}
+        except AttributeError as error:
+            raise UsageError("function_list: %r is no tool: %s" % (item, error)) from None
+
+    def run(self, query=None, history=None, ref_doc=None, lang=None, tool_choice="auto", **kwargs):
+        """Yields text as it comes.
+
+        query: what the user says, a text or a list of parts; None where the history ends with what is to be answered.
+        history: earlier messages.  ref_doc: text from a knowledge base.  lang: "zh" or "en"; by default the language of
+        the conversation.  tool_choice: for the first turn.  kwargs: handed to the tools, as dashscope_api_key.
+        Raises ValueError that names a malformed message, ApiError with what the model server said.
+        """
+        self.tool_calls = []
+        messages = [*(history or ()), *([] if query is None else [{"role": "user", "content": query}])]
+        check_messages(messages)
+        language = lang or language_of(messages)
+        messages = self._opening(messages, ref_doc, language)
+        with contextlib.nullcontext(self._llm) if isinstance(self._llm, Model) else opened_model(self._llm) as model:
+            for left in range(self._max_turns, -1, -1):
+                said = yield from self._turn(model, messages, language, tool_choice if left else "none")
+                if not said.calls or not left:
+                    return
+                calls = [tool_call(call) for call in said.calls]
+                messages.append({"role": "assistant", "content": said.content, "tool_calls": calls})
+                if self._is_for_the_caller(said.calls):
+                    self.tool_calls = calls
+                    return
+                for call, made in zip(said.calls, calls):
+                    observation = self._observation(call, kwargs)
+                    yield "\nObservation: <result>%s</result>" % observation
+                    shown = observation[:MAX_OBSERVATION_CHARACTERS]
+                    messages.append({"role": "tool", "tool_call_id": made["id"], "content": shown})
+                yield "\nAnswer:"
+                tool_choice = "auto"
+
+    def _opening(self, messages, ref_doc, language):
+        """The messages with what the agent is, and knows, before them."""
+        prompts = _AGENT_PROMPTS[language]
+        role = role_text(self._instruction, language)
+        parts = [prompts["knowledge"] % ref_doc if ref_doc else "", prompts["role"] % role if role else ""]
+        if messages and messages[0]["role"] == "system":
+            parts.append(str(messages[0].get("content") or ""))
+            messages = messages[1:]
+        system = "\n\n".join(filter(None, parts))
+        return [{"role": "system", "content": system}, *messages] if system else messages
+
+    def _turn(self, model, messages, language, choice):
+        """Pass on what the model says; an AgentTurn."""
+        is_later = bool(messages) and messages[-1]["role"] == "tool"
+        if model.tool_calling == "native":
+            said = yield from self._native_turn(model, messages, choice)
+            return said
+        functions = self.functions if choice != "none" else []
+        prompted = prompted_messages(messages, self.functions, choice, True, language)
+        parser = ActionParser(functions, True, choice)
+        calls = []
+        with contextlib.closing(model.ask(prompted, **({"stop": [OBSERVATION_LABEL]} if functions else {}))) as answer:
+            for event in _without_label(_events(answer, parser), is_later):
+                if not isinstance(event, str):
+                    calls.append(event)
+                    event = event.raw
+                yield event
+        return AgentTurn(parser.content, tuple(calls))
+
+    def _native_turn(self, model, messages, choice):
+        tools = [native_tool(function) for function in self.functions]
+        fields = {"tools": tools, "tool_choice": native_choice(choice)} if tools else {}
+        with contextlib.closing(model.ask(messages, **fields)) as answer:
+            for chunk in answer.chunks():
+                yield from _texts_of(chunk)
+        message = (answer.completion.get("choices") or [{}])[0].get("message") or {}
+        calls = [] if choice == "none" else [_native_call(call) for call in message.get("tool_calls") or ()]
+        for call in calls:
+            yield call.raw
+        return AgentTurn(message.get("content") or "", tuple(calls))
+
+    def _is_for_the_caller(self, calls):
+        return any(isinstance(call, FunctionCall) and self._tools.get(call.name, call) is None for call in calls)
+
+    def _observation(self, call, kwargs):
+        """What comes of a call, as a text."""
+        if call.name and call.name not in self._tools:
+            name = call.name[:MAX_NAME_CHARACTERS]
+            return "there is no tool %s%s" % (name, rock_ms.did_you_mean(name, list(self._tools)))
+        if isinstance(call, BadCall):
+            return call.reason
+        try:
+            value = self._tools[call.name].call(call.arguments, **kwargs)
+            return value if isinstance(value, str) else rock_ms.dump_json(value)
+        except rock_ms.ClientGone:
+            raise
+        except Exception as error:
+            logger.warning("the tool %s failed: %r", call.name, error)
+            said = str(error) if isinstance(error, (RockError, ValueError)) else rock_ms.raised(error)
+            return "the tool %s failed: %s" % (call.name, rock_ms.shortened(said))
+
+
+def _native_call(call):
+    function = call.get("function") or {}
+    name, arguments = str(function.get("name")), function.get("arguments") or "{}"
+    return FunctionCall(name, arguments, "\nAction: %s\nAction Input: %s\n" % (name, arguments))
+
+
+def _texts_of(chunk):
+    """The text in a chunk's first choice."""
+    for choice in chunk.get("choices") or ():
+        delta = choice.get("delta") if isinstance(choice, dict) and not choice.get("index") else None
+        if isinstance(delta, dict) and isinstance(delta.get("content"), str) and delta["content"]:
+            yield delta["content"]
+
+
+def _events(answer, parser):
+    """What an ActionParser makes of an answer.  It is read to its end, so that its record is whole."""
+    is_truncated = False
+    for chunk in answer.chunks():
+        for choice in chunk.get("choices") or ():
+            is_truncated = is_truncated or (isinstance(choice, dict) and choice.get("finish_reason") == "length")
+        for text in _texts_of(chunk):
+            yield from parser.feed(text)
+    yield from parser.end(is_truncated)
+
+
+def _without_label(events, is_later):
+    """The events without the `Answer:` that a model may begin with, where that has been said already."""
+    held, label = "", "answer:"
+    for event in events:
+        if not is_later or not isinstance(event, str):
+            if held:
+                yield held
+            is_later, held = False, ""
+            yield event
+            continue
+        held += event
+        begun = held.lstrip().lower().replace("\uff1a", ":")
+        if begun.startswith(label):
+            held = held.lstrip()[len(label) :]
+            is_later = False
+        elif not label.startswith(begun):
+            is_later = False
+        if not is_later:
+            if held:
+                yield held
+            held = ""
+    if held:
+        yield held
+
+
+# ======================================================================================================================
+# Assistant service: function calling for any model, agents with tools and knowledge, and uploads, over HTTP.
+# ======================================================================================================================
+
+
+def _of_the_proxy(name):
+    """A setting that means what it means to the proxy of rock_ms.py."""
+    spec = rock_ms.ServiceSettings.__dataclass_fields__[name]
+    default = spec.default if spec.default is not MISSING else spec.default_factory()
+    meta = spec.metadata
+    return setting(default, meta["parse"], meta["help"].replace("proxy: ", "", 1), flag=meta["flag"])
+
+
+def _as_model_server(value):
+    if not re.match(r"[a-z][a-z0-9_-]*\Z", str(value)):
+        return rock_ms.as_url(value)
+    return value
+
+
+def _as_model_servers(value):
+    return {name: rock_ms.as_url(url) for name, url in rock_ms.as_object(value).items()}
+
+
+def _as_words(value):
+    if isinstance(value, list) and all(isinstance(word, str) for word in value):
+        return tuple(value)
+    return tuple(shlex.split(rock_ms.as_text(value)))
+
+
+@dataclass(frozen=True)
+class AssistantSettings:
+    """What the assistant server can be told.  Precedence: command line, environment, config file, default."""
+
+    type: str = setting("assistant", rock_ms.one_of(*SERVER_TYPES), "which server: assistant", flag="--type")
+    model_server: str = setting(
+        "dashscope",
+        _as_model_server,
+        "who answers: dashscope, openai, ollama, modelscope, vllm, another of model_servers, or a base URL",
+        "MODEL_SERVER",
+        "--model-server",
+    )
+    model_servers: dict = setting(
+        {}, _as_model_servers, "more model servers, or other base URLs for those, by name", flag="--model-servers"
+    )
+    served_model_name: str | None = setting(
+        None, rock_ms.as_text, "the model of requests that name none", "SERVED_MODEL_NAME", "--served-model-name"
+    )
+    model: str | None = setting(
+        None,
+        rock_ms.as_text,
+        "weights, for which vLLM is started beside it, in place of a model server",
+        flag="--model",
+    )
+    vllm_args: tuple = setting((), _as_words, "more arguments for vLLM, as one text", flag="--vllm-args")
+    tool_calling: str = setting(
+        "prompt",
+        rock_ms.one_of("prompt", "native"),
+        "how the model calls functions: by text (prompt), or itself (native)",
+        flag="--tool-calling",
+    )
+    host: str = setting("127.0.0.1", rock_ms.as_text, "address to listen on", "ASSISTANT_HOST", "--host")
+    port: int = setting(31512, rock_ms.as_port, "port to listen on, 0 for any free one", "ASSISTANT_PORT", "--port")
+    api_key: str | None = setting(
+        None, rock_ms.as_api_key, "bearer token that clients must send", "ASSISTANT_API_KEY", "--api-key", secret=True
+    )
+    upstream_api_key: str | None = setting(
+        None,
+        rock_ms.as_api_key,
+        "key for model_server, sent in place of the client's",
+        "ASSISTANT_UPSTREAM_API_KEY",
+        secret=True,
+    )
+    request_overrides: dict = _of_the_proxy("request_overrides")
+    request_timeout: float = setting(
+        120.0, rock_ms.as_seconds, "seconds that a model server may be silent", flag="--request-timeout"
+    )
+    max_attempts: int = _of_the_proxy("max_attempts")
+    retry_delay_seconds: float = _of_the_proxy("retry_delay_seconds")
+    retryable_status_codes: tuple = _of_the_proxy("retryable_status_codes")
+    recording_file: str | None = setting(
+        None,
+        rock_ms.as_text,
+        "trajectory of what the model was asked; default: %s in the data dir" % ASSISTANT_TRAJ_NAME,
+        flag="--recording-file",
+    )
+    tool_dir: str | None = setting(None, _as_directory, "directory of your own tools, NAME.py each", flag="--tool-dir")
+    tool_timeout: float = setting(
+        60.0, rock_ms.as_seconds, "seconds that a call of a tool may take", flag="--tool-timeout"
+    )
+    tool_manager_url: str = setting(
+        DEFAULT_MANAGER_URL,
+        rock_ms.as_url,
+        "the tool manager that runs tools for use_tool_api; TOOL_MANAGER_AUTH has its key",
+        "TOOL_MANAGER_SERVICE_URL",
+        "--tool-manager-url",
+    )
+    max_turns: int = setting(MAX_TURNS, rock_ms.as_count, "turns in which an agent may call tools", flag="--max-turns")
+    knowledge_limit: int = setting(
+        KNOWLEDGE_LIMIT,
+        rock_ms.as_count,
+        "characters of uploaded files that a model is shown",
+        "KNOWLEDGE_LIMIT",
+        "--knowledge-limit",
+    )
+    max_file_bytes: int = setting(MAX_FILE_BYTES, rock_ms.as_bytes, "largest uploaded file", flag="--max-file-bytes")
+    max_files: int = setting(20, rock_ms.as_count, "files in one upload", flag="--max-files")
+    max_user_files: int = setting(1000, rock_ms.as_count, "files of one uuid_str", flag="--max-user-files")
+    max_body_bytes: int = setting(64 * 1024 * 1024, rock_ms.as_bytes, "largest request body but for uploads")
+
+    def check(self) -> None:
+        """Refuse, with UsageError, settings that contradict each other."""
+        if self.model and self.model_server not in (type(self).model_server, "vllm"):
+            raise UsageError("--model starts vLLM to answer, and --model-server %s is another" % self.model_server)
+        if self.vllm_args and not self.model:
+            raise UsageError("--vllm-args is for a vLLM that is started: give --model PATH, too")
+        self.url_of(self.model_server)
+
+    def warnings(self) -> list:
+        """What a user should know who starts it so."""
+        if self.host in ("127.0.0.1", "::1", "localhost") or self.api_key:
+            return []
+        return ["it listens on %s and asks for no key: anyone on the network may use it" % self.host]
+
+    def url_of(self, model_server: str) -> str:
+        """The base URL of a model server's name.  Raises UsageError."""
+        known = {**MODEL_SERVERS, **self.model_servers}
+        if "://" in model_server:
+            return model_server
+        if model_server not in known:
+            hint = rock_ms.did_you_mean(model_server, list(known))
+            raise UsageError("there is no model server %s%s; or give a base URL" % (model_server, hint))
+        return known[model_server]
+
+    def of_the_proxy(self, url: str, api_key: str | None) -> rock_ms.ServiceSettings:
+        """The settings with which a model server is asked."""
+        names = (
+            "request_overrides",
+            "request_timeout",
+            "max_attempts",
+            "retry_delay_seconds",
+            "retryable_status_codes",
+        )
+        same = {name: getattr(self, name) for name in names}
+        return rock_ms.ServiceSettings(type="proxy", proxy_base_url=url, upstream_api_key=api_key, **same)
+
+
+class ModelClients:
+    """A ModelClient for each model server that is asked.
+
+    vllm: the VLLMServer that is started, or None.
+    """
+
+    def __init__(self, settings: AssistantSettings, trajectory, logger, vllm: VLLMServer | None = None):
+        self._settings = settings
+        self._trajectory = trajectory
+        self._logger = logger
+        self._lock = threading.Lock()
+        self._clients = {}  # by base URL
+        self._own_url = vllm.base_url if vllm else settings.url_of(settings.model_server)
+        self._own_key = vllm.api_key if vllm else settings.upstream_api_key
+
+    def own(self) -> ModelClient:
+        """Of the model server that the settings name."""
+        return self._at(self._own_url)
+
+    def named(self, model_server: str | None) -> ModelClient:
+        """Of a model server that a request names, or the settings do.  Raises ApiError 400: no others are asked."""
+        if model_server in (None, self._settings.model_server):
+            return self.own()
+        known = {**MODEL_SERVERS, **self._settings.model_servers}
+        if model_server not in known:
+            hint = rock_ms.did_you_mean(model_server, list(known))
+            raise ApiError(400, "there is no model server %r here%s" % (model_server, hint), param="llm_config")
+        return self._at(known[model_server])
+
+    def _at(self, url):
+        with self._lock:
+            if url not in self._clients:
+                settings = self._settings.of_the_proxy(url, self._own_key if url == self._own_url else None)
+                self._clients[url] = ModelClient(settings, self._trajectory, self._logger)
+            return self._clients[url]
+
+    def stop(self) -> None:
+        """End what waits for another attempt."""
+        for client in self._all():
+            client.stop()
+
+    def close(self) -> None:
+        """Close what is left."""
+        for client in self._all():
+            client.close()
+
+    def _all(self):
+        with self._lock:
+            return list(self._clients.values())
+
+
+_TOOL_FIELDS = ("tools", "tool_choice", "parallel_tool_calls", "messages")
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A request to /v1/chat/completions, checked.
+
+    body: as it came, with a model.  functions: those of its tools.  choice: "none", "auto", "required", or the name of
+    the one that has to be called.
+    """
+
+    body: dict
+    functions: tuple
+    choice: str
+    is_parallel: bool
+
+    @classmethod
+    def of(cls, body: dict, default_model: str | None) -> ChatRequest:
+        """Raises ApiError 400 that names what is wrong."""
+        model = body.get("model") or default_model
+        if not isinstance(model, str):
+            raise ApiError(400, "model must name the model that is to answer", param="model")
+        is_parallel = body.get("parallel_tool_calls")
+        if is_parallel not in (None, True, False):
+            raise ApiError(400, "parallel_tool_calls must be true or false", param="parallel_tool_calls")
+        if not isinstance(body.get("messages"), list) or not body["messages"]:
+            raise ApiError(400, "messages must be a list of one message or more", param="messages")
+        functions = _functions_asked(body.get("tools"))
+        choice = _choice_asked(body.get("tool_choice"), functions)
+        return cls({**body, "model": model}, tuple(functions), choice, is_parallel is not False)
+
+    @property
+    def is_offering(self) -> bool:
+        """Whether the model may call functions."""
+        return bool(self.functions) and self.choice != "none"
+
+    @property
+    def offered(self) -> tuple:
+        """The functions that the model may call."""
+        return self.functions if self.is_offering else ()
+
+    def prompted(self) -> dict:
+        """The request to a model that cannot call functions.  Raises ApiError 400."""
+        body = {name: value for name, value in self.body.items() if name not in _TOOL_FIELDS}
+        try:
+            messages = prompted_messages(self.body["messages"], self.functions, self.choice, self.is_parallel)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="messages") from None
+        stop = {"stop": _with_stop(body.get("stop"))} if self.is_offering else {}
+        return {**body, "messages": messages, **stop}
+
+    def native(self) -> dict:
+        """The request to a model that can."""
+        tools = {"tools": [native_tool(function) for function in self.functions]} if self.functions else {}
+        return {**self.body, **tools}
+
+    def parser(self) -> ActionParser:
+        """What reads one choice of the answer."""
+        return ActionParser(self.offered, self.is_parallel, self.choice)
+
+
+def _functions_asked(tools):
+    try:
+        return functions_of(tools)
+    except ValueError as error:
+        raise ApiError(400, str(error), param="tools") from None
+
+
+def _choice_asked(choice, functions):
+    if choice is None or choice in ("none", "auto"):
+        return choice or "auto"
+    names = [function.name for function in functions]
+    if choice == "required" and names:
+        return choice
+    function = choice.get("function") if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if name in names:
+        return name
+    if isinstance(name, str):
+        message = "tool_choice names %r, which is not among the tools%s" % (name, rock_ms.did_you_mean(name, names))
+    else:
+        message = (
+            'tool_choice must be "none", "auto", "required" (with tools), or {"type": "function", "function": {"name"}}'
+        )
+    raise ApiError(400, message, param="tool_choice")
+
+
+def _with_stop(stop):
+    """A request's stop words with ours; servers take no more than four."""
+    words = [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, list) else []
+    return words if len(words) >= MAX_STOP_WORDS else [*words, OBSERVATION_LABEL]
+
+
+class ChoiceStream:
+    """One choice of a streamed answer: deltas of the model in, deltas with tool calls out."""
+
+    def __init__(self, parser: ActionParser):
+        self._parser = parser
+        self._count = 0
+        self.is_ended = False
+
+    def take(self, delta: dict) -> list:
+        """The deltas that one of the model's becomes."""
+        others = {name: value for name, value in delta.items() if name not in ("content", "tool_calls")}
+        deltas = [others] if any(value is not None for value in others.values()) else []
+        text = delta.get("content")
+        return deltas + (self._deltas(self._parser.feed(text)) if isinstance(text, str) else [])
+
+    def end(self, reason: str) -> tuple[list, str]:
+        """The last deltas, and why the choice ends.  reason: why the model ended."""
+        self.is_ended = True
+        deltas = self._deltas(self._parser.end(reason == "length"))
+        return deltas, "tool_calls" if self._count else reason
+
+    def _deltas(self, events):
+        deltas = []
+        for event in events:
+            if isinstance(event, FunctionCall):
+                begun = tool_call(replace(event, arguments=""))
+                deltas.append({"tool_calls": [{"index": self._count, **begun}]})
+                rest = {"index": self._count, "function": {"arguments": event.arguments}}
+                deltas.append({"tool_calls": [rest]})
+                self._count += 1
+            else:
+                deltas.append({"content": event if isinstance(event, str) else event.raw})
+        return deltas
+
+
+class ChatCall:
+    """A call of /v1/chat/completions whose functions are called in text."""
+
+    def __init__(self, request: ChatRequest, client: ModelClient, caller: Caller):
+        self._request = request
+        self._id = "chatcmpl_" + str(uuid.uuid4())
+        self._base = {"id": self._id, "created": int(time.time()), "model": request.body["model"]}
+        self._base["system_fingerprint"] = self._id
+        self._answer = client.ask(request.prompted(), caller)
+
+    def reply(self) -> rock_ms.Reply:
+        """The answer, whole or as a stream, as it was asked for."""
+        if not self._request.body.get("stream"):
+            return rock_ms.json_reply(self._whole())
+        pieces = self._stream()
+
+        def done(_):
+            pieces.close()
+            self._answer.close()
+
+        return rock_ms.Reply(200, b"", rock_ms.SSE_TYPE, rock_ms.SSE_HEADERS, pieces=pieces, done=done)
+
+    def _whole(self):
+        completion = self._answer.whole()
+        choices = [self._choice(number, choice) for number, choice in enumerate(completion["choices"])]
+        extra = {"request_id": self._id, "message": "", "output": None}
+        base = {**self._base, "model": completion.get("model") or self._base["model"]}
+        return {**extra, **base, "choices": choices, "object": "chat.completion", "usage": completion.get("usage")}
+
+    def _choice(self, number, choice):
+        message, reason = choice["message"], choice.get("finish_reason") or "stop"
+        parser = self._request.parser()
+        events = parser.feed(message.get("content") or "") + parser.end(reason == "length")
+        calls = [tool_call(event) for event in events if isinstance(event, FunctionCall)]
+        if self._request.is_offering:
+            message = {**message, "content": parser.content}
+        if calls:
+            message, reason = {**message, "tool_calls": calls}, "tool_calls"
+        return {**choice, "index": choice.get("index", number), "message": message, "finish_reason": reason}
+
+    def _stream(self):
+        """The answer's events.  One that breaks off ends with an error event, and a broken connection."""
+        streams = {}
+        try:
+            for chunk in self._answer.chunks():
+                for number, choice in enumerate(chunk.get("choices") or ()):
+                    if isinstance(choice, dict):
+                        yield from self._events_of(number, choice, streams)
+            for index, stream in streams.items():
+                if not stream.is_ended:
+                    yield from self._end(index, stream, "stop")
+            yield from self._usage()
+            yield rock_ms.SSE_DONE
+        except ApiError as error:
+            yield rock_ms.sse_event(rock_ms.parse_json(error.body().decode("utf-8")))
+            raise rock_ms.ReplyBroken(str(error)) from None
+
+    def _events_of(self, number, choice, streams):
+        index = choice["index"] if type(choice.get("index")) is int else number
+        if index not in streams:
+            if len(streams) >= MAX_CHOICES:
+                raise ApiError(502, "the model server's answer has more than %d choices" % MAX_CHOICES)
+            streams[index] = ChoiceStream(self._request.parser())
+            yield self._event(index, {"role": "assistant", "content": ""})
+        stream = streams[index]
+        if stream.is_ended:
+            return
+        delta = choice.get("delta") if isinstance(choice.get("delta"), dict) else {}
+        for part in stream.take({name: value for name, value in delta.items() if name != "role"}):
+            yield self._event(index, part)
+        if isinstance(choice.get("finish_reason"), str):
+            yield from self._end(index, stream, choice["finish_reason"])
+
+    def _end(self, index, stream, reason):
+        deltas, reason = stream.end(reason)
+        for delta in deltas:
+            yield self._event(index, delta)
+        yield self._event(index, {}, reason)
+
+    def _event(self, index, delta, reason=None):
+        choice = {"index": index, "delta": delta, "finish_reason": reason}
+        return rock_ms.sse_event({**self._base, "object": "chat.completion.chunk", "choices": [choice]})
+
+    def _usage(self):
+        options = self._request.body.get("stream_options")
+        if isinstance(options, dict) and options.get("include_usage"):
+            usage = self._answer.completion.get("usage")
+            chunk = {**self._base, "object": "chat.completion.chunk", "choices": [], "usage": usage}
+            yield rock_ms.sse_event(chunk)
+
+
+class WorkerTool:
+    """A tool of the assistant's own, in processes of its own, as in a tool node.  Raises UsageError.
+
+    path: of its file; None for a built-in one.  seconds: that a call may take.
+    """
+
+    def __init__(self, name: str, path: str | None, seconds: float, logger):
+        settings = rock_ms.ServiceSettings(type="tool-node", tool=name, tool_file=path, request_timeout=seconds)
+        self._node = rock_ms.ToolNode(settings, logger)
+        try:
+            self._node.start()
+        except BaseException:
+            self.close()
+            raise
+        info = self._asked(self._node.tool_info, b"")
+        self.name, self.description, self.parameters = info["name"], info["description"], info["parameters"]
+
+    def call(self, params: str | dict, **kwargs) -> object:
+        """What it answers.  Raises ToolError."""
+        return self._asked(
+            self._node.execute_tool, rock_ms.dump_json({"params": params, "kwargs": kwargs}).encode("utf-8")
+        )
+
+    @staticmethod
+    def _asked(handler, body):
+        head = rock_ms.RequestHead("POST", "/", None, False, (("content-type", "application/json"),))
+        reply = handler(rock_ms.Request(head, body, "", lambda _: None, None))
+        answer = rock_ms.parse_json(reply.body.decode("utf-8"))
+        if reply.status != 200:
+            raise ToolError(answer["message"], reply.status)
+        return answer["output"]
+
+    def close(self) -> None:
+        """End its processes."""
+        self._node.stop()
+        self._node.close()
+
+
+class WorkerTools:
+    """The assistant's own tools, begun when they are first used.  Raises ApiError 400 for one that there is not."""
+
+    def __init__(self, settings: AssistantSettings, logger):
+        self._settings = settings
+        self._logger = logger
+        self._lock = threading.Lock()
+        self._tools = {}  # by name
+        self._is_closed = False
+
+    def names(self) -> list:
+        """Those that there are."""
+        directory = self._settings.tool_dir
+        own = [name[:-3] for name in sorted(os.listdir(directory)) if name.endswith(".py")] if directory else []
+        return own + [name for name in rock_ms.BUILT_IN_TOOLS if name not in own]
+
+    def tool(self, name: str) -> WorkerTool:
+        """One of them."""
+        names = self.names()
+        if not re.match(TOOL_NAME, name) or name not in names:
+            raise ApiError(
+                400, "there is no tool %s here%s" % (rock_ms.dump_json(name), rock_ms.did_you_mean(name, names))
+            )
+        with self._lock:
+            if self._is_closed:
+                raise ApiError(503, "the assistant is stopping", code="service_stopping")
+            if name not in self._tools:
+                self._tools[name] = self._begun(name)
+            return self._tools[name]
+
+    def _begun(self, name):
+        path = os.path.join(self._settings.tool_dir or "", name + ".py")
+        path = path if self._settings.tool_dir and os.path.isfile(path) else None
+        try:
+            return WorkerTool(name, path, self._settings.tool_timeout, self._logger)
+        except UsageError as error:
+            raise ApiError(500, str(error)) from None
+
+    def close(self) -> None:
+        """End their processes."""
+        with self._lock:
+            self._is_closed = True
+            tools = list(self._tools.values())
+        for tool in tools:
+            tool.close()
+
+
+_TEXT, _FLAG, _OPEN = {"type": "string"}, {"type": "boolean", "default": False}, {"type": "object"}
+_TEXT_OR_NULL = {"type": ["string", "null"]}
+_MESSAGES = {"type": "array", "items": _OPEN, "minItems": 1}
+_UUID = {"type": "string", "pattern": TOOL_NAME.replace(r"\Z", "$"), "default": "test", "description": "whose files"}
+_LLM_CONFIG = {
+    "type": "object",
+    "properties": {
+        "model": _TEXT,
+        "model_server": {**_TEXT_OR_NULL, "description": "one of the assistant's model servers, by name"},
+        "api_key": {**_TEXT_OR_NULL, "description": "sent to the model server"},
+        "generate_config": {"type": ["object", "null"], "description": "more fields of the requests to the model"},
+    },
+    "required": ["model"],
+}
+_AGENT_CONFIG = {
+    "type": "object",
+    "properties": {
+        "name": _TEXT_OR_NULL,
+        "description": _TEXT_OR_NULL,
+        "instruction": {"type": ["string", "object", "null"]},
+        "tools": {"type": ["array", "null"], "items": {"type": ["string", "object"]}},
+    },
+}
+_CHAT = Endpoint(
+    ("POST",),
+    "/v1/chat/completions",
+    "Chat, with function calling",
+    {
+        "messages": _MESSAGES,
+        "model": _TEXT,
+        "tools": {"type": "array", "items": _OPEN, "description": "parameters as a list or as a JSON Schema"},
+        "tool_choice": {"description": "none, auto, required, or an object that names a function"},
+        "parallel_tool_calls": {"type": "boolean", "default": True},
+        "stream": _FLAG,
+    },
+    ("messages",),
+    is_open=True,
+)
+_LITE = Endpoint(
+    ("POST",),
+    "/v1/assistants/lite",
+    "Ask an agent; other fields are handed to its tools",
+    {
+        "messages": {**_MESSAGES, "description": "the last one is what is asked"},
+        "llm_config": _LLM_CONFIG,
+        "agent_config": {**_AGENT_CONFIG, "default": {}},
+        "uuid_str": _UUID,
+        "stream": _FLAG,
+        "use_knowledge": _FLAG,
+        "files": {"type": "array", "items": _TEXT, "default": [], "description": "for use_knowledge; by default all"},
+        "tools": {"type": "array", "items": _OPEN, "default": [], "description": "the caller's own, which end a run"},
+        "tool_choice": {"default": "auto", "description": "for the first answer of the model"},
+        "use_tool_api": {**_FLAG, "description": "run the agent's tools in the tool manager"},
+        "lang": {"type": "string", "enum": ["zh", "en"], "description": "by default the language of the messages"},
+        "tenant_id": {**_NAME, "description": "whose tools, in the tool manager"},
+        "user_token": {"type": "string", "description": "sent to the tool manager"},
+    },
+    ("messages", "llm_config"),
+    is_open=True,
+)
+_FILES = Endpoint(
+    ("POST",),
+    "/v1/files",
+    "Upload files for an agent's knowledge",
+    {"uuid_str": _UUID, "files": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+    ("files",),
+    media_type="multipart/form-data",
+)
+
+
+def assistant_error(error: ApiError) -> rock_ms.Reply:
+    """An error of the assistant: as of the other agent servers, and with what OpenAI's clients look for."""
+    said = {"request_id": rock_ms.new_request_id(), "message": str(error)}
+    said.update(rock_ms.parse_json(error.body().decode("utf-8")))
+    return replace(rock_ms.json_reply(said, error.status), headers=error.headers)
+
+
+class AssistantService:
+    """The endpoints of the assistant.
+
+    clients: ModelClients.  knowledge: a KnowledgeBase.  upload_dir: where uploads are put until they are read.
+    """
+
+    def __init__(self, settings: AssistantSettings, clients: ModelClients, knowledge, upload_dir: str, logger):
+        self._settings = settings
+        self._clients = clients
+        self._knowledge = knowledge
+        self._upload_dir = upload_dir
+        self._logger = logger
+        self._tools = WorkerTools(settings, logger)
+        self._indexing = threading.BoundedSemaphore(PARALLEL_INDEXING)
+        answers = "vLLM with %s" % settings.model if settings.model else settings.model_server
+        self.about = "model server %s, tools by %s" % (answers, settings.tool_calling)
+
+    def routes(self) -> list:
+        """The route table."""
+        size = self._settings.max_files * (self._settings.max_file_bytes + MAX_FIELD_BYTES)
+        uploads = {"is_streamed": True, "max_body_bytes": size}
+        handlers = ((_CHAT, self.chat, {}), (_LITE, self.lite, {}), (_FILES, self.files, uploads))
+        return [
+            *(rock_ms.Route("POST", endpoint.path, not_for_pages(do), **more) for endpoint, do, more in handlers),
+            rock_ms.Route("GET", "/v1/models", self.models),
+            *description_routes("Assistant", (_CHAT, _LITE, _FILES)),
+        ]
+
+    def gauges(self) -> dict:
+        """Numbers for /metrics."""
+        return self._clients.own().gauges()
+
+    def start(self) -> None:
+        """Nothing has to be read first."""
+
+    def stop(self) -> None:
+        """End what waits for another attempt."""
+        self._clients.stop()
+
+    def close(self) -> None:
+        """End what is left."""
+        self._clients.close()
+        self._tools.close()
+
+    def models(self, request: rock_ms.Request) -> rock_ms.Reply:
+        """The models that there are."""
+        if self._settings.served_model_name:
+            return rock_ms.models_reply([self._settings.served_model_name])
+        return self._clients.own().forward(request)
+
+    def chat(self, request: rock_ms.Request) -> rock_ms.Reply:
+        """Answer with the model, which may call functions."""
+        chat = ChatRequest.of(request.json()[1], self._settings.served_model_name)
+        if self._settings.tool_calling == "prompt":
+            return ChatCall(chat, self._clients.own(), self._caller(request)).reply()
+        answer = self._clients.own().ask(chat.native(), self._caller(request))
+        if chat.body.get("stream"):
+            return answer.passed_on()
+        completion = answer.whole()
+        extra = {"request_id": completion.get("id") or rock_ms.new_request_id(), "message": "", "output": None}
+        return rock_ms.json_reply({**extra, **completion})
+
+    def _caller(self, request, api_key=None):
+        """Whoever sent a request; its key is not the model server's business where it is the one to this service."""
+        caller = caller_of(request)
+        if self._settings.api_key:
+            caller = replace(caller, headers=tuple(item for item in caller.headers if item[0] != "authorization"))
+        return caller.with_key(api_key)
+
+    def lite(self, request: rock_ms.Request) -> rock_ms.Reply:
+        """Run an agent."""
+        values = _LITE.fields_of(request)
+        llm = values["llm_config"]
+        more = {name: value for name, value in values.items() if name not in _LITE.takes}
+        for name in ("query", "history", "ref_doc", "params"):
+            if name in more:
+                raise ApiError(400, "a field cannot be called %s" % name, param=name)
+        ref_doc = self._retrieved(values) if values["use_knowledge"] else None
+        caller = self._caller(request, _key_given(llm))
+        client, options = self._clients.named(llm.get("model_server")), llm.get("generate_config")
+        bot = self._agent(values, Model(client, llm["model"], caller, options, self._settings.tool_calling))
+        choice = _choice_asked(values["tool_choice"], bot.functions)
+        pieces = bot.run(None, values["messages"], ref_doc, values.get("lang"), choice, **more)
+        return _streamed(pieces) if values["stream"] else _gathered(pieces, bot)
+
+    def _agent(self, values, model):
+        agent, use_tool_api = values["agent_config"], values["use_tool_api"]
+        instruction = agent.get("instruction")
+        instruction = instruction if isinstance(instruction, dict) else {**agent, "instruction": instruction}
+        tools = [item if use_tool_api else self._own_tool(item) for item in agent.get("tools") or ()]
+        options = {name: values[name] for name in ("tenant_id", "user_token") if name in values}
+        options.update(use_tool_api=use_tool_api, tool_service_manager_url=self._settings.tool_manager_url)
+        options.update(instruction=instruction, max_turns=self._settings.max_turns)
+        try:
+            return RolePlay([*tools, *values["tools"]], model, **options)
+        except UsageError as error:
+            raise ApiError(400, str(error)) from None
+        except ToolError as error:
+            raise ApiError(error.status if error.status in (400, 403, 404) else 502, str(error)) from None
+
+    def _own_tool(self, item):
+        """A tool of the assistant's by its name; what only has that name is the caller's."""
+        name = item.get("name") if isinstance(item, dict) else item
+        is_ours = isinstance(item, str) or name in self._tools.names()
+        return self._tools.tool(name) if is_ours else item
+
+    def _retrieved(self, values):
+        """What the uploaded files say of the last question.  Raises ApiError 400 where they say nothing."""
+        uuid_str, names = values["uuid_str"], values["files"]
+        known = self._knowledge.names(uuid_str)
+        for name in names:
+            if name not in known:
+                hint = rock_ms.did_you_mean(name, known or ["none"])
+                raise ApiError(400, "%s has no file %s%s" % (uuid_str, rock_ms.dump_json(name), hint), param="files")
+        passages = self._knowledge.search(uuid_str, _last_question(values["messages"]), names or None)
+        text = retrieved_text(passages, self._settings.knowledge_limit)
+        if not text:
+            raise ApiError(400, "No valid knowledge contents.", code="no_knowledge")
+        return text
+
+    def files(self, request: rock_ms.Request) -> rock_ms.Reply:
+        """Take files, and index them at once."""
+        limits = (self._settings.max_file_bytes, self._settings.max_files)
+        kind = request.head.header("content-type") or ""
+        with read_upload(kind, request.pieces, self._upload_dir, *limits) as upload:
+            uuid_str = upload.fields.get("uuid_str", "")
+            if not re.match(TOOL_NAME, uuid_str):
+                raise ApiError(400, NAME_RULE % "uuid_str", param="uuid_str")
+            if not upload.files:
+                raise ApiError(400, "No valid files: send each as a part `files` with a file name", param="files")
+            with self._indexing:
+                refusals = [self._indexed(uuid_str, file) for file in upload.files]
+            names = [file.name for file, refusal in zip(upload.files, refusals) if refusal is None]
+        message = "; ".join(filter(None, refusals))
+        if not names:
+            raise ApiError(400, message, param="files")
+        return rock_ms.envelope({"status": "upload files success", "files": names}, message)
+
+    def _indexed(self, uuid_str, file):
+        """Add a file to the knowledge; why not, where it cannot be."""
+        if self._knowledge.digest_of(uuid_str, file.name) == file.digest:
+            return None
+        known = self._knowledge.names(uuid_str)
+        if file.name not in known and len(known) >= self._settings.max_user_files:
+            return "%s: %s has %d files already" % (file.name, uuid_str, len(known))
+        try:
+            self._knowledge.add(uuid_str, file.name, file.digest, document_text(file.path, file.name))
+        except DocumentError as error:
+            return str(error)
+        return None
+
+
+def _key_given(llm):
+    """The key for the model server in a request's llm_config.  Raises ApiError 400, which does not show it."""
+    key = llm.get("api_key")
+    try:
+        return rock_ms.as_api_key(key) if key else None
+    except ValueError as error:
+        raise ApiError(400, "llm_config.api_key %s" % error, param="llm_config") from None
+
+
+def _last_question(messages):
+    """The text of the last message of the user's."""
+    for message in reversed(messages):
+        if message.get("role") == "user":
+            content = message.get("content")
+            parts = content if isinstance(content, list) else [{"text": content}]
+            texts = [part.get("text") for part in parts if isinstance(part, dict)]
+            return "\n".join(text for text in texts if isinstance(text, str))
+    return ""
+
+
+@contextlib.contextmanager
+def _run_errors():
+    """A malformed message is the client's error."""
+    try:
+        yield
+    except (ValueError, UsageError) as error:
+        raise ApiError(400, str(error), param="messages") from None
+
+
+def _gathered(pieces, bot):
+    with _run_errors(), contextlib.closing(pieces):
+        response = "".join(pieces)
+    calls = {"tool_calls": bot.tool_calls} if bot.tool_calls else {}
+    return rock_ms.envelope({"response": response, **calls})
+
+
+def _streamed(pieces):
+    """A reply of text as it comes, which begins once there is some: what fails before is an error of its own."""
+    with _run_errors():
+        first = next(pieces, "")
+
+    def texts():
+        try:
+            yield first.encode("utf-8", "replace")
+            for piece in pieces:
+                yield piece.encode("utf-8", "replace")
+        except ApiError as error:
+            raise rock_ms.ReplyBroken(str(error)) from None
+
+    return rock_ms.Reply(200, b"", "text/plain; charset=utf-8", pieces=texts(), done=lambda _: pieces.close())
+
+
+class AssistantServer(rock_ms.Server):
+    """The assistant with its HTTP server, its files in `data_dir`, and vLLM where it is asked for.  Raises RockError.
+
+    say: told, in a line, what is being waited for.  is_unwanted: () -> whether it is to be stopped before it has begun.
+    """
+
+    def __init__(self, settings: AssistantSettings, data_dir: str, logger, say=lambda text: None, is_unwanted=bool):
+        self._vllm = None
+        knowledge_dir = os.path.join(data_dir, "knowledge")
+        upload_dir = os.path.join(knowledge_dir, "uploads")
+        try:
+            shutil.rmtree(upload_dir, ignore_errors=True)  # what a killed server left
+            os.makedirs(upload_dir, mode=0o700)
+        except OSError as error:
+            raise StorageError("cannot make %s: %s" % (upload_dir, error.strerror)) from None
+        trajectory = rock_ms.AppendFile(settings.recording_file or os.path.join(data_dir, ASSISTANT_TRAJ_NAME))
+        knowledge = KnowledgeBase(os.path.join(knowledge_dir, "files"))
+        try:
+            if settings.model:
+                words = (settings.served_model_name, list(settings.vllm_args), os.path.join(data_dir, "vllm.log"))
+                self._vllm = VLLMServer(settings.model, *words)
+                self._vllm.start(say, is_unwanted)
+            clients = ModelClients(settings, trajectory, logger, self._vllm)
+            service = AssistantService(settings, clients, knowledge, upload_dir, logger)
+            check = rock_ms.bearer_check(settings.api_key)
+            super().__init__(service, settings, logger, authorise=check, error_reply=assistant_error)
+        except BaseException:
+            self._end_vllm()
+            raise
+
+    def _end_vllm(self):
+        if self._vllm:
+            self._vllm.close()
+
+    def stop(self) -> None:
+        """As of a Server; ends vLLM, too."""
+        super().stop()
+        self._end_vllm()
+
+
+# ======================================================================================================================
 # Command line: the agent servers, started and stopped as `rock_ms.py` starts and stops a model service.
 # ======================================================================================================================
 
-_EXAMPLES = {
-    "start": """examples:
+_MANAGER_EXAMPLES = """examples:
   %(prog)s --type tool-manager                       tools in containers, on 127.0.0.1:31511
   %(prog)s --type tool-manager --runtime process     without docker, for a first try: it isolates nothing
   %(prog)s --type tool-manager --tool-dir tools      with your own tools, tools/NAME.py
   %(prog)s --type tool-manager --foreground          stay here and show each request; Ctrl-C ends it
+  %(prog)s --type assistant --help                   the other server, and its settings
 
-Every setting can also be given in --config-file, by its name; see the README's table.""",
+Every setting can also be given in --config-file, by its name; see the README's table."""
+
+_ASSISTANT_EXAMPLES = """examples:
+  %(prog)s --type assistant                          dashscope's models call functions, on 127.0.0.1:31512
+  %(prog)s --type assistant --model-server http://host:8000/v1       those of any server with OpenAI's API
+  %(prog)s --type assistant --model path/to/weights --served-model-name Qwen2-7B      with vLLM beside it
+  %(prog)s --type assistant --foreground             stay here and show each request; Ctrl-C ends it
+
+Every setting can also be given in --config-file, by its name; see the README's table."""
+
+
+DEFAULT_SERVER = "tool-manager"
+
+
+@dataclass(frozen=True)
+class ServerKind:
+    """A server that can be started.
+
+    name, title: for programs and for people.  settings: its dataclass.  examples: for its help.  open: makes a Server
+    of its settings, the data directory, a logger, and a function that is told, in a line, what is being waited for.
+    seconds: that its start may take, of its settings; None for the usual.
+    """
+
+    name: str
+    title: str
+    settings: type
+    examples: str
+    open: object
+    seconds: object = lambda settings: None
+
+    def state(self, data_dir: str) -> rock_ms.ServiceState:
+        """Which one, if any, runs on a data directory."""
+        return rock_ms.ServiceState(data_dir, self.name, self.title)
+
+
+def _is_stop_pending():
+    """Whether a signal waits to end a service that has not begun yet."""
+    return bool(signal.sigpending() & set(rock_ms.STOP_SIGNALS))
+
+
+def _open_assistant(settings, data_dir, server_logger, say):
+    return AssistantServer(settings, data_dir, server_logger, say, _is_stop_pending)
+
+
+SERVERS = {
+    kind.name: kind
+    for kind in (
+        ServerKind(
+            "tool-manager",
+            "tool manager",
+            ManagerSettings,
+            _MANAGER_EXAMPLES,
+            lambda settings, data_dir, server_logger, _: tool_manager_server(settings, data_dir, server_logger),
+        ),
+        ServerKind(
+            "assistant",
+            "assistant",
+            AssistantSettings,
+            _ASSISTANT_EXAMPLES,
+            _open_assistant,
+            lambda settings: VLLM_START_SECONDS + rock_ms.START_SECONDS if settings.model else None,
+        ),
+    )
 }
 
 
 def manager_state(data_dir: str) -> rock_ms.ServiceState:
     """Which tool manager, if any, runs on a data directory."""
-    return rock_ms.ServiceState(data_dir, "tool-manager", "tool manager")
+    return SERVERS["tool-manager"].state(data_dir)
+
+
+def _say_waiting(text):
+    rock_ms.complain(text, PROGRAM)
 
 
 def command_start(args) -> int:
     """Run a server, here or in the background."""
-    flags = rock_ms.given_settings(ManagerSettings, args)
-    settings = rock_ms.resolve_settings(ManagerSettings, flags, os.environ, args.config_file)
+    kind = args.kind
+    flags = rock_ms.given_settings(kind.settings, args)
+    settings = rock_ms.resolve_settings(kind.settings, flags, os.environ, args.config_file)
     settings.check()
     data_dir = rock_ms.resolve_data_dir(args.data_dir, os.environ)
-    log_path = os.path.join(data_dir, "tool-manager.log")
+    log_path = os.path.join(data_dir, kind.name + ".log")
     try:
         os.makedirs(data_dir, exist_ok=True)
     except OSError as error:
         raise StorageError("cannot make %s: %s; give another --data-dir" % (data_dir, error.strerror)) from None
-    state = manager_state(data_dir)
+    state = kind.state(data_dir)
     if args.foreground:
         is_loud = args.ready_fd is None
+        say = _say_waiting if is_loud else partial(rock_ms.tell_progress, args.ready_fd)
 
         def open_server(_, server_logger, __):
-            return tool_manager_server(settings, data_dir, server_logger)
+            return kind.open(settings, data_dir, server_logger, say)
 
         service = rock_ms.serving(state, settings, {}, open_server, log_path, is_loud)
         return rock_ms.run_service(state, args.ready_fd, service)
-    words, secrets = rock_ms.passed_on(ManagerSettings, flags, data_dir, args.config_file)
+    words, secrets = rock_ms.passed_on(kind.settings, flags, data_dir, args.config_file)
     command = [*rock_ms.interpreter(), os.path.abspath(__file__), "start", *words]
-    running = rock_ms.start_in_background(state, command, secrets, log_path)
+    options = {"seconds": kind.seconds(settings), "tell": _say_waiting}
+    running = rock_ms.start_in_background(state, command, secrets, log_path, **options)
     url = "http://" + rock_ms.host_and_port(running["host"], running["port"])
-    rock_ms.say("tool manager started: pid %d, %s, %s" % (running["pid"], url, running["about"]))
+    rock_ms.say("%s started: pid %d, %s, %s" % (kind.title, running["pid"], url, running["about"]))
     for warning in settings.warnings():
         rock_ms.complain(warning, PROGRAM)
     return 0
 
 
 def command_stop(args) -> int:
-    """End what `start` began, and its tools, unless it was told to keep them."""
+    """End what `start` began."""
     data_dir = rock_ms.resolve_data_dir(args.data_dir, os.environ)
-    code = rock_ms.stop_service(manager_state(data_dir), REMOVE_SECONDS)
-    path = os.path.join(data_dir, REGISTRY_NAME)
-    if os.path.isfile(path):
-        live = []
-        with contextlib.suppress(StorageError), contextlib.closing(ToolRegistry(path)) as registry:
-            live = [node.name for node in registry.nodes() if node.is_live]
-        if live:
-            message = "%d tools go on: %s; start it again on this directory, and stop it, to end them"
-            rock_ms.complain(message % (len(live), ", ".join(live[:10])), PROGRAM)
+    code = rock_ms.stop_service(SERVERS[args.type].state(data_dir), REMOVE_SECONDS)
+    if args.type == "tool-manager":
+        _complain_of_tools_left(os.path.join(data_dir, REGISTRY_NAME))
     return code
 
 
-def build_parser(prog: str):
-    """The parser of all commands."""
+def _complain_of_tools_left(path):
+    """A tool manager ends its tools, unless it was told to keep them, or was killed."""
+    live = []
+    if os.path.isfile(path):
+        with contextlib.suppress(StorageError), contextlib.closing(ToolRegistry(path)) as registry:
+            live = [node.name for node in registry.nodes() if node.is_live]
+    if live:
+        message = "%d tools go on: %s; start it again on this directory, and stop it, to end them"
+        rock_ms.complain(message % (len(live), ", ".join(live[:10])), PROGRAM)
+
+
+def type_asked(words: list) -> str:
+    """The type of server that a command line, or else its config file, names: it decides what else may stand there."""
+    import argparse
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--type", nargs="?")
+    parser.add_argument("--config-file", nargs="?")
+    given = parser.parse_known_args(words)[0]
+    asked = given.type
+    if asked is None and given.config_file:
+        known = [spec.name for kind in SERVERS.values() for spec in fields(kind.settings)]
+        with contextlib.suppress(UsageError):  # which is raised again, where it can be told
+            asked = rock_ms.read_config_file(given.config_file, known).get("type")
+    return asked if asked in SERVERS else DEFAULT_SERVER
+
+
+def build_parser(prog: str, server_type: str = DEFAULT_SERVER):
+    """The parser of all commands.  server_type: of the server whose settings `start` has."""
     parser, commands = rock_ms.command_parser(
-        prog, "Agent servers: the tool manager.", "Each command has its own --help, with examples."
+        prog, "Agent servers: the tool manager and the assistant.", "Each command has its own --help, with examples."
     )
-    start = rock_ms.add_command(commands, "start", command_start, "start a server in the background", _EXAMPLES)
-    rock_ms.add_settings(start, ManagerSettings)
-    stop = rock_ms.add_command(commands, "stop", command_stop, "stop a server", _EXAMPLES)
-    stop.add_argument("--type", choices=["tool-manager"], default="tool-manager", help="which one")
+    kind = SERVERS[server_type]
+    examples = {"start": kind.examples}
+    start = rock_ms.add_command(commands, "start", command_start, "start a server in the background", examples)
+    rock_ms.add_settings(start, kind.settings)
+    start.set_defaults(kind=kind)
+    stop = rock_ms.add_command(commands, "stop", command_stop, "stop a server", {})
+    stop.add_argument("--type", choices=list(SERVERS), default=DEFAULT_SERVER, help="which one")
     return parser
 
 
@@ -6594,7 +8048,8 @@ def main(argv: list | None = None) -> int:
     """Run one command; return its exit code: 0 done, 1 failed, 2 bad usage."""
     rock_ms.open_standard_streams()
     words = sys.argv[1:] if argv is None else list(argv)
-    return rock_ms.run_command(build_parser(os.path.basename(sys.argv[0] or PROGRAM)), words, PROGRAM)
+    prog = os.path.basename(sys.argv[0] or PROGRAM)
+    return rock_ms.run_command(build_parser(prog, type_asked(words)), words, PROGRAM)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ import pytest
 import rock_ms
 import rock_sdk
 import sandboxes
+from assistants import streams
 from managers import ADD, assert_nothing_left, free_port, write_tools
-from support import ask, clean_environ, run_cli, wait_until
+from support import TIMEOUT, Later, ask, clean_environ, run_cli, wait_until
+from test_vllm import Fake, are_gone
 
 pytestmark = pytest.mark.load
 
@@ -76,7 +78,8 @@ class ManagerCli:
 @pytest.fixture
 def cli(tmp_path):
     """The command line on a directory of its own; whatever it starts is stopped, and leaves nothing."""
-    ours = {spec.metadata["env"] for spec in rock_ms.fields(rock_sdk.ManagerSettings)}
+    kinds = (rock_sdk.ManagerSettings, rock_sdk.AssistantSettings)
+    ours = {spec.metadata["env"] for kind in kinds for spec in rock_ms.fields(kind)}
     environ = {name: value for name, value in clean_environ().items() if name not in ours}
     environ["TMPDIR"] = str(tmp_path)  # by which whatever a node begins is found
     cli = ManagerCli(tmp_path / "data", environ)
@@ -207,7 +210,6 @@ def test_registry_that_cannot_be_used_is_said(cli):
     "words, said",
     [
         (["--runtime", "vm"], "must be docker or process"),
-        (["--type", "assistant"], "tool-manager"),
         (["--tool-dir", "/no/such/dir"], "must be a directory of this machine that exists"),
         (["--first-node-port", "0"], "from 1 to 65535"),
         (["--max-nodes", "x"], "--max-nodes"),
@@ -279,3 +281,125 @@ def test_ctrl_c_ends_it_in_the_foreground(cli):
         process.send_signal(signal.SIGINT)
         process.stderr.read()
     assert process.returncode == 0
+
+
+# The assistant ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def assistant(cli):
+    """Starts an assistant beside; what it says, and its state."""
+
+    def start(*words, **options):
+        done = cli("start", "--type", "assistant", "--port", "0", *words, check=0, **options)
+        return done, rock_sdk.SERVERS["assistant"].state(cli.data_dir).read()
+
+    yield start
+    cli("stop", "--type", "assistant", check=0)
+
+
+def chat_of(state, **more):
+    body = {"model": "m", "messages": [{"role": "user", "content": "天气"}], **more}
+    return ask(state["port"], body)
+
+
+@pytest.mark.everywhere
+def test_assistant_starts_and_stops_beside_a_tool_manager(cli, assistant, upstream):
+    cli.start()
+    done, state = assistant("--model-server", upstream.url)
+    shown = (state["pid"], state["port"], upstream.url)
+    assert done.out == "assistant started: pid %d, http://127.0.0.1:%d, model server %s, tools by prompt\n" % shown
+    assert chat_of(state).json()["choices"][0]["message"]["content"] == "hello"
+    again = cli("start", "--type", "assistant", check=1)
+    assert "an assistant already runs (pid %d" % state["pid"] in again.err
+    assert cli("stop", "--type", "assistant", check=0).out == "assistant stopped (pid %d)\n" % state["pid"]
+    assert cli.ask("/health", method="GET").status == 200
+
+
+def test_agent_calls_a_tool_in_a_process_of_the_tool_manager(cli, assistant, upstream):
+    cli.start()
+    _, state = assistant(
+        "--model-server", upstream.url, "--tool-manager-url", "http://127.0.0.1:%d" % cli.state["port"]
+    )
+    upstream.script(streams('Action: RenewInstance\nAction Input: {"instance_id": "1", "period": "2"}'), streams("好"))
+    value = {
+        "llm_config": {"model": "m"},
+        "agent_config": {"tools": ["RenewInstance"]},
+        "messages": [{"role": "user", "content": "续费"}],
+        "use_tool_api": True,
+    }
+    got = ask(state["port"], value, path="/v1/assistants/lite").json()
+    assert "<result>已完成ECS实例ID为1的续费，续费时长2月</result>\nAnswer:好" in got["output"]["response"]
+    assert cli.status("RenewInstance") == ("running", "")
+
+
+def test_vllm_is_started_waited_for_and_ended(cli, assistant, tmp_path):
+    fake = Fake(tmp_path)
+    more = {**fake.environ, "FAKE": ""}
+    done, state = assistant("--model", "/models/m", "--served-model-name", "m", "--vllm-args=--dtype half", more=more)
+    assert "vLLM with /models/m" in done.out
+    assert [item["id"] for item in ask(state["port"], None, "GET", "/v1/models").json()["data"]] == ["m"]
+    fake.log_path = os.path.join(cli.data_dir, "vllm.log")
+    pids = fake.pids()
+    with open("/proc/%d/cmdline" % pids[0], "rb") as file:
+        assert b"--dtype\0half" in file.read()
+    cli("stop", "--type", "assistant", check=0)
+    wait_until(lambda: are_gone(pids))
+
+
+def test_progress_of_a_start_is_told_before_it_is_over():
+    ready, ready_fd = os.pipe()
+    told = []
+
+    def start():
+        try:
+            return rock_ms._read_all(ready, TIMEOUT, told.append)
+        finally:
+            os.close(ready)
+
+    starting = Later(start)
+    rock_ms.tell_progress(ready_fd, "waiting for vLLM\n to load")
+    wait_until(lambda: told)
+    rock_ms.tell_progress(ready_fd, "still waiting")
+    os.write(ready_fd, b'{"port": 1}')
+    os.close(ready_fd)
+    assert starting.result() == '{"port": 1}'
+    assert told == ["waiting for vLLM to load", "still waiting"]
+
+
+def test_vllm_that_is_missing_or_fails_is_said(cli, tmp_path):
+    fake = Fake(tmp_path)
+    words = ["start", "--type", "assistant", "--port", "0", "--model", "/models/m"]
+    assert "vLLM is not installed" in cli(*words, check=1).err
+    failed = cli(*words, check=1, more={**fake.environ, "FAKE": "fails"})
+    assert "the assistant did not start: vLLM ended with exit code 1: " in failed.err
+    assert "ValueError: no such model" in failed.err and "Traceback" not in failed.err
+
+
+def test_help_of_start_is_that_of_the_server_asked_for():
+    assert "--runtime" in run_cli("start", "--help", script=SCRIPT, check=0).out
+    assistant = run_cli("start", "--type", "assistant", "--help", script=SCRIPT, check=0).out
+    assert "--model-server" in assistant and "--runtime" not in assistant
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--type", "assitant"], "must be tool-manager or assistant, got 'assitant'"),
+        (["--type", "assistant", "--runtime", "process"], "--runtime"),
+        (["--type=assistant", "--model-server", "nobody"], "there is no model server nobody"),
+        (["--type", "assistant", "--config-file", "CONFIG"], "unknown setting 'runtime'"),
+    ],
+)
+def test_bad_usage_of_start_is_said(cli, tmp_path, words, said):
+    config = tmp_path / "c.yaml"
+    config.write_text("type: tool-manager\nruntime: process\n")
+    words = [str(config) if word == "CONFIG" else word for word in words]
+    assert said in cli("start", *words, check=2).err
+
+
+def test_config_file_says_which_server_it_is_for(cli, tmp_path, upstream):
+    config = tmp_path / "c.yaml"
+    config.write_text("type: assistant\nport: 0\nmodel_server: %s\n" % upstream.url)
+    assert cli("start", "--config-file", config, check=0).out.startswith("assistant started: ")
+    assert "assistant stopped" in cli("stop", "--type", "assistant", check=0).out

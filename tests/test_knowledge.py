@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import io
 import os
-import shutil
 import signal
 import sqlite3
 import stat
@@ -51,25 +50,6 @@ def paragraph(text, style=None):
     return "<w:p>%s<w:r><w:t>%s</w:t></w:r></w:p>" % (properties, text)
 
 
-def pdf(text):
-    """A PDF file of one page."""
-    content = b"BT /F1 12 Tf 72 720 Td (%s) Tj ET" % text.encode("ascii")
-    objects = [
-        b"<</Type/Catalog/Pages 2 0 R>>",
-        b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
-        b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 612 792]/Contents 4 0 R/Resources<</Font<</F1 5 0 R>>>>>>",
-        b"<</Length %d>>stream\n%s\nendstream" % (len(content), content),
-        b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
-    ]
-    data, places = b"%PDF-1.4\n", []
-    for number, value in enumerate(objects, 1):
-        places.append(len(data))
-        data += b"%d 0 obj\n%s\nendobj\n" % (number, value)
-    table = b"".join(b"%010d 00000 n \n" % place for place in places)
-    trailer = b"trailer<</Size 6/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF\n" % len(data)
-    return data + b"xref\n0 6\n0000000000 65535 f \n" + table + trailer
-
-
 TABLE = "<w:tbl><w:tr><w:tc>%s</w:tc><w:tc>%s</w:tc></w:tr></w:tbl>" % (paragraph("town"), paragraph("杭州"))
 
 HTML = b"""<!DOCTYPE html><title>T</title><style>p{}</style><h2>Head</h2><p>One&nbsp;&amp; <b>two</b>
@@ -111,10 +91,7 @@ READ = {
     ),
     "docx signs": (
         "a.docx",
-        docx(
-            "<w:p><w:t>-</w:t><w:tabs><w:tab w:pos='9'/></w:tabs><w:t>a</w:t><w:tab/>"
-            "<w:t>b</w:t><w:br/><w:t>c</w:t></w:p>"
-        ),
+        docx("<w:p><w:t>-</w:t><w:tab w:pos='9'/><w:t>a</w:t><w:tab/><w:t>b</w:t><w:br/><w:t>c</w:t></w:p>"),
         "-a\tb\nc",
     ),
     "docx left out": (
@@ -266,13 +243,6 @@ def test_pdf_that_its_reader_fails_at_is_refused(tmp_path, pypdf, monkeypatch, b
 def test_pdf_that_is_none_is_given_to_no_reader(tmp_path, pypdf):
     pypdf(PAGES % 'return "read"')
     assert "no PDF file" in refusal(tmp_path, "a.pdf", b"hello")
-
-
-def test_real_pdf_is_read_by_what_is_installed(tmp_path):
-    found = subprocess.run([sys.executable, "-c", "import pypdf"], stderr=subprocess.DEVNULL).returncode == 0
-    if not found and not shutil.which("pdftotext"):
-        pytest.skip("neither pypdf nor pdftotext is installed")
-    assert read(tmp_path, "a.pdf", pdf("Hello reader")).strip() == "Hello reader"
 
 
 # ---- Chunks and terms

@@ -1,0 +1,615 @@
+"""The assistant: function calling in text, agents, uploads and knowledge over HTTP, in front of a scripted model."""
+
+import contextlib
+import http.client
+import json
+import os
+import socket
+from unittest import mock
+
+import pytest
+
+import rock_ms
+import rock_sdk
+from assistants import ACTION, WEATHER, Assistant, added_up, assisting, letters, says, streams
+from managers import FakeRuntime, managing
+from support import TIMEOUT, Later, ask, wait_until
+from upstream import answer, delta, sse
+
+BEIJING, SHANGHAI = ACTION % "北京", ACTION % "上海"
+BOTH = [("amap_weather", '{"location": "北京"}'), ("amap_weather", '{"location": "上海"}')]
+
+
+@pytest.fixture
+def assistant(tmp_path, upstream):
+    with assisting(tmp_path, upstream) as assistant:
+        yield assistant
+
+
+def sent(upstream, number=-1):
+    """What the model server was asked."""
+    return json.loads(upstream.seen()[number]["body"].decode("utf-8"))
+
+
+def headers_of(upstream):
+    """The header fields of the first request to the model server."""
+    return dict(upstream.seen()[0]["headers"])
+
+
+def calls_of(message):
+    return [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls", ())]
+
+
+def refused(got, status, words):
+    """That an answer is an error, for clients of these servers and of OpenAI."""
+    assert got.status == status, got.body
+    assert words in got.json()["message"]
+    assert got.json()["error"]["message"] == got.json()["message"]
+    assert got.json()["request_id"]
+    return got
+
+
+# Function calling ---------------------------------------------------------------------------------------------------
+
+
+def test_seed_example_is_answered_with_its_keys(assistant, upstream):
+    text = ACTION % "海淀区"
+    upstream.script(says(text))
+    got = assistant.chat(tools=[WEATHER], tool_choice="auto").json()
+    call = got["choices"][0]["message"]["tool_calls"][0]
+    assert call.pop("id").startswith("call_")
+    assert got.pop("id").startswith("chatcmpl_") and got.pop("created")
+    assert got.pop("request_id") == got.pop("system_fingerprint")
+    assert got == {
+        "message": "",
+        "output": None,
+        "choices": [
+            {
+                "index": 0,
+                "message": {
+                    "role": "assistant",
+                    "content": text,
+                    "tool_calls": [
+                        {
+                            "type": "function",
+                            "function": {"name": "amap_weather", "arguments": '{"location": "海淀区"}'},
+                        }
+                    ],
+                },
+                "finish_reason": "tool_calls",
+            }
+        ],
+        "model": "m",
+        "object": "chat.completion",
+        "usage": {"prompt_tokens": 267, "completion_tokens": 15, "total_tokens": 282},
+    }
+
+
+def test_model_gets_the_tools_as_a_prompt_and_nothing_that_it_may_not_know(assistant, upstream):
+    upstream.script(says("好的"))
+    assert assistant.chat(tools=[WEATHER], parallel_tool_calls=True, temperature=0.5, stop="END").status == 200
+    body = sent(upstream)
+    assert set(body) == {"model", "messages", "temperature", "stop"}
+    assert body["stop"] == ["END", "Observation:"]
+    system, user = body["messages"]
+    assert system["role"] == "system" and "amap_weather" in system["content"] and "城市" in system["content"]
+    assert user == {"role": "user", "content": "海淀区天气"}
+
+
+def test_four_stop_words_of_the_client_are_all_that_servers_take(assistant, upstream):
+    upstream.script(says(ACTION % "北京" + "Observation: sunny"))
+    got = assistant.chat(tools=[WEATHER], stop=["a", "b", "c", "d"]).json()
+    assert sent(upstream)["stop"] == ["a", "b", "c", "d"]
+    assert "sunny" not in got["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize("is_parallel, expected", [(None, BOTH), (True, BOTH), (False, BOTH[:1])])
+def test_parallel_calls_are_as_many_as_are_allowed(assistant, upstream, is_parallel, expected):
+    upstream.script(says(BEIJING + SHANGHAI), streams(*(BEIJING + SHANGHAI)))
+    more = {} if is_parallel is None else {"parallel_tool_calls": is_parallel}
+    choice = assistant.chat("请同时查找", tools=[WEATHER], **more).json()["choices"][0]
+    assert calls_of(choice["message"]) == expected
+    assert choice["finish_reason"] == "tool_calls"
+    assert len({call["id"] for call in choice["message"]["tool_calls"]}) == len(expected)
+    assert added_up(assistant.chat_stream("请同时查找", tools=[WEATHER], **more)) == ("", expected, "tool_calls")
+
+
+def test_streamed_text_comes_as_it_is_said_and_calls_are_deltas(assistant, upstream):
+    upstream.script(letters("好的，我来查询。\n\n工具调用\n" + BEIJING))
+    values = assistant.chat_stream(tools=[WEATHER])
+    text, calls, reason = added_up(values)
+    assert (text.strip(), calls, reason) == ("好的，我来查询。\n\n工具调用", BOTH[:1], "tool_calls")
+    deltas = [choice["delta"] for value in values for choice in value["choices"]]
+    assert deltas[0]["role"] == "assistant"
+    assert len([part for part in deltas if part.get("content")]) > 5
+    first = next(part["tool_calls"][0] for part in deltas if "tool_calls" in part)
+    assert first["type"] == "function" and first["id"].startswith("call_") and first["index"] == 0
+    assert len({value["id"] for value in values}) == 1
+    assert {value["object"] for value in values} == {"chat.completion.chunk"}
+
+
+def test_text_of_a_stream_does_not_wait_for_its_end(assistant, upstream):
+    begun = sse(delta("It is "), done=False)[:-1]
+    upstream.script([*begun, {"gate": "go"}, {"send": ""}, *_rest(delta("sunny."), delta(finish="stop"))])
+    with contextlib.closing(_connection(assistant)) as connection:
+        response = _stream_of(connection, tools=[WEATHER])
+        seen = b""
+        while b"It is" not in seen:
+            seen += response.readline()
+        upstream.open("go")
+        assert b"sunny." in response.read()
+
+
+def _rest(*values):
+    """The rest of a chunked stream of events."""
+    return sse(*values)[1:]
+
+
+def _connection(assistant):
+    return http.client.HTTPConnection("127.0.0.1", assistant.port, timeout=TIMEOUT)
+
+
+def _stream_of(connection, **more):
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": True, **more}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    return connection.getresponse()
+
+
+def test_usage_comes_where_it_is_asked_for(assistant, upstream):
+    usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+    last = {**delta(finish="stop"), "usage": usage}
+    upstream.script(sse(delta("hi"), last), sse(delta("hi"), last))
+    values = assistant.chat_stream(stream_options={"include_usage": True})
+    assert (values[-1]["choices"], values[-1]["usage"]) == ([], usage)
+    assert all("usage" not in value for value in assistant.chat_stream())
+
+
+@pytest.mark.parametrize(
+    "choice, is_shown",
+    [("none", False), ("auto", True), ("required", True), ({"type": "function", "function": {"name": "other"}}, False)],
+)
+def test_tool_choice_decides_which_tools_are_shown(assistant, upstream, choice, is_shown):
+    other = {"type": "function", "function": {"name": "other", "description": "something else"}}
+    upstream.script(says("text"))
+    assert assistant.chat(tools=[WEATHER, other], tool_choice=choice).status == 200
+    assert ("amap_weather" in json.dumps(sent(upstream))) is is_shown
+
+
+def test_what_looks_like_a_call_is_text_where_no_tool_may_be_called(assistant, upstream):
+    upstream.script(says(BEIJING), says(BEIJING), letters(BEIJING))
+    for more in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
+        choice = assistant.chat(**more).json()["choices"][0]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (BEIJING, "stop")
+        assert "tool_calls" not in choice["message"]
+    assert added_up(assistant.chat_stream()) == (BEIJING, [], "stop")
+
+
+def test_unknown_tool_stays_text(assistant, upstream):
+    text = 'Action: google\nAction Input: {"q": "x"}\n'
+    upstream.script(says(text), letters(text))
+    choice = assistant.chat(tools=[WEATHER]).json()["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (text, "stop")
+    assert added_up(assistant.chat_stream(tools=[WEATHER])) == (text, [], "stop")
+
+
+def test_conversation_with_results_is_rendered_back(assistant, upstream):
+    upstream.script(says(BEIJING), says("北京晴。"))
+    first = assistant.chat("北京天气", tools=[WEATHER]).json()["choices"][0]["message"]
+    result = {"role": "tool", "tool_call_id": first["tool_calls"][0]["id"], "content": "晴，20度"}
+    got = assistant.chat([{"role": "user", "content": "北京天气"}, first, result], tools=[WEATHER]).json()
+    assert got["choices"][0]["message"]["content"] == "北京晴。"
+    messages = sent(upstream)["messages"]
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
+    assert messages[2]["content"].count("Action Input:") == 1
+    assert "<result>晴，20度</result>" in messages[3]["content"]
+    assert "tool_calls" not in messages[2]
+
+
+def test_each_choice_of_several_is_read_by_itself(assistant, upstream):
+    upstream.script(says("text", BEIJING), sse(*_two_choices()))
+    got = assistant.chat(tools=[WEATHER], n=2).json()["choices"]
+    assert [(calls_of(choice["message"]), choice["finish_reason"]) for choice in got] == [
+        ([], "stop"),
+        (BOTH[:1], "tool_calls"),
+    ]
+    values = assistant.chat_stream(tools=[WEATHER], n=2)
+    assert added_up(values, 0) == ("text", [], "stop")
+    assert added_up(values, 1) == ("", BOTH[:1], "tool_calls")
+
+
+def _two_choices():
+    pieces = [delta("te", 0), delta(BEIJING[:9], 1), delta("xt", 0), delta(BEIJING[9:], 1)]
+    return [*pieces, delta(finish="stop", index=0), delta(finish="stop", index=1)]
+
+
+def test_image_parts_go_through(assistant, upstream):
+    parts = [
+        {"type": "text", "text": "what"},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}},
+    ]
+    upstream.script(says("a cat"))
+    assert assistant.chat([{"role": "user", "content": parts}], tools=[WEATHER]).status == 200
+    assert sent(upstream)["messages"][-1]["content"] == parts
+
+
+def test_answer_that_was_cut_short_is_no_call(assistant, upstream):
+    upstream.script(says(BEIJING[:-3], finish="length"))
+    choice = assistant.chat(tools=[WEATHER]).json()["choices"][0]
+    assert (choice["finish_reason"], choice["message"].get("tool_calls")) == ("length", None)
+
+
+def test_fields_of_the_model_that_are_not_content_go_through(assistant, upstream):
+    upstream.script(sse(delta(reasoning_content="hm", content=None), delta("hi"), delta(finish="stop")))
+    values = assistant.chat_stream(tools=[WEATHER])
+    assert [v["choices"][0]["delta"].get("reasoning_content") for v in values if v["choices"]].count("hm") == 1
+
+
+def test_native_tool_calling_passes_tools_through_as_json_schema(tmp_path, upstream):
+    call = {"id": "c", "type": "function", "function": {"name": "amap_weather", "arguments": "{}"}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    choice = {"index": 0, "message": message, "finish_reason": "tool_calls"}
+    upstream.script(answer({"id": "c1", "choices": [choice]}), sse(delta("hi"), delta(finish="stop")))
+    with assisting(tmp_path, upstream, tool_calling="native") as assistant:
+        got = assistant.chat(tools=[WEATHER]).json()
+        assert got["choices"] == [choice]
+        assert (got["request_id"], got["message"], got["output"]) == ("c1", "", None)
+        parameters = sent(upstream)["tools"][0]["function"]["parameters"]
+        assert parameters["type"] == "object" and parameters["required"] == ["location"]
+        assert added_up(assistant.chat_stream(tools=[WEATHER])) == ("hi", [], "stop")
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ({"model": None}, "model"),
+        ({"model": 3}, "model"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [3]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0]"),
+        ({"tools": "x"}, "tools"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools[0]"),
+        ({"tools": [WEATHER, WEATHER]}, "amap_weather"),
+        ({"tools": [WEATHER], "tool_choice": "always"}, "tool_choice"),
+        (
+            {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "amap_wether"}}},
+            "did you mean",
+        ),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"parallel_tool_calls": "yes"}, "parallel_tool_calls"),
+    ],
+)
+def test_bad_request_is_told_what_is_wrong(assistant, upstream, more, words):
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], **more}
+    got = refused(ask(assistant.port, body), 400, words)
+    assert got.json()["error"]["type"] == "invalid_request_error"
+    assert upstream.seen() == []
+
+
+# The model server ---------------------------------------------------------------------------------------------------
+
+
+def test_refusal_of_the_model_server_is_passed_on(assistant, upstream):
+    error = {"error": {"message": "no such key"}}
+    upstream.script(answer(error, 401), answer(error, 429, {"Retry-After": "7"}), answer("<html>", 400))
+    refused(assistant.chat(), 401, "no such key")
+    assert refused(assistant.chat(stream=True), 429, "no such key").headers["retry-after"] == "7"
+    refused(assistant.chat(), 400, "<html>")
+
+
+def test_model_server_is_asked_again_as_the_proxy_does(tmp_path, upstream):
+    upstream.script(answer({"error": "busy"}, 500), says("hi"))
+    with assisting(tmp_path, upstream, max_attempts=2, retry_delay_seconds=0.01) as assistant:
+        assert assistant.chat().status == 200
+        (record,) = assistant.trajectory()
+    assert (record["attempts"], record["status"]) == (2, 200)
+
+
+@pytest.mark.parametrize("body", ['{"choices": []}', "[]", "{", '{"choices": [3]}'])
+def test_answer_that_is_none_is_a_502(assistant, upstream, body):
+    upstream.script(answer(body))
+    refused(assistant.chat(), 502, "model server's answer")
+
+
+def test_stream_that_breaks_off_ends_with_an_error_and_a_broken_connection(assistant, upstream):
+    upstream.script([*sse(delta("It is "), done=False)[:-1], {"close": True}])
+    with contextlib.closing(_connection(assistant)) as connection:
+        response = _stream_of(connection)
+        seen = b""
+        with pytest.raises(Exception, match="IncompleteRead"):
+            while True:
+                seen += response.read(1) or _complete(seen)
+    assert b'"error"' in seen and b"[DONE]" not in seen
+
+
+def _complete(seen):
+    raise AssertionError("the stream came to its end: %r" % seen)
+
+
+def test_whole_answer_to_a_request_for_a_stream_becomes_one(assistant, upstream):
+    upstream.script(says("text " + BEIJING), says("\n" + BEIJING))
+    assert added_up(assistant.chat_stream(tools=[WEATHER]))[0].startswith("text ")
+    assert added_up(assistant.chat_stream(tools=[WEATHER]))[1] == BOTH[:1]
+
+
+def test_hangup_of_the_client_ends_the_call_of_the_model(assistant, upstream):
+    upstream.script([*sse(delta("It is "), done=False)[:-1], {"stall": True}])
+    with contextlib.closing(_connection(assistant)) as connection:
+        _stream_of(connection).readline()
+        response_seen = upstream.seen(1)
+    assert response_seen
+    upstream.wait_closed()
+    wait_until(assistant.trajectory)
+    assert assistant.trajectory()[0]["partial"] is True
+
+
+def test_calls_are_recorded_as_the_model_got_them_without_keys(assistant, upstream):
+    upstream.script(says(BEIJING))
+    headers = [("Authorization", "Bearer sk-secret-of-the-client")]
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "tools": [WEATHER]}
+    assert ask(assistant.port, body, headers=headers).status == 200
+    assert headers_of(upstream)["authorization"] == "Bearer sk-secret-of-the-client"
+    (record,) = assistant.trajectory()
+    assert "amap_weather" in record["request"]["messages"][0]["content"]
+    assert record["response"]["choices"][0]["message"]["content"] == BEIJING
+    assert "sk-secret" not in json.dumps(record)
+
+
+def test_keys_go_where_they_belong(tmp_path, upstream):
+    upstream.script(says("hi"))
+    keys = {"api_key": "key-of-the-assistant", "upstream_api_key": "key-of-the-model-server"}
+    with assisting(tmp_path, upstream, **keys) as assistant:
+        assert assistant.chat().status == 401
+        body = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+        headers = [("Authorization", "Bearer key-of-the-assistant")]
+        assert ask(assistant.port, body, headers=headers).status == 200
+    assert headers_of(upstream)["authorization"] == "Bearer key-of-the-model-server"
+
+
+def test_key_to_the_assistant_never_reaches_the_model_server(tmp_path, upstream):
+    upstream.script(says("hi"))
+    with assisting(tmp_path, upstream, api_key="key-of-the-assistant") as assistant:
+        headers = [("Authorization", "Bearer key-of-the-assistant")]
+        body = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+        assert ask(assistant.port, body, headers=headers).status == 200
+    assert "authorization" not in headers_of(upstream)
+
+
+def test_assistant_that_is_its_own_model_server_says_so(assistant):
+    assistant.server.service._clients._own_url = assistant.url + "/v1"
+    refused(assistant.chat(), 508, "itself")
+
+
+def test_models_are_those_of_the_model_server_or_the_one_that_is_served(tmp_path, upstream):
+    listed = {"object": "list", "data": [{"id": "qwen-max"}]}
+    upstream.script(answer(listed), says("hi"))
+    with assisting(tmp_path / "a", upstream) as assistant:
+        assert ask(assistant.port, None, "GET", "/v1/models").json() == listed
+    with assisting(tmp_path / "b", upstream, served_model_name="Qwen2") as assistant:
+        assert [m["id"] for m in ask(assistant.port, None, "GET", "/v1/models").json()["data"]] == ["Qwen2"]
+        assert ask(assistant.port, {"messages": [{"role": "user", "content": "x"}]}).status == 200
+    assert sent(upstream)["model"] == "Qwen2"
+
+
+def test_description_and_page_name_every_endpoint(assistant):
+    said = ask(assistant.port, None, "GET", "/openapi.json").json()
+    page = ask(assistant.port, None, "GET", "/docs").body.decode("utf-8")
+    assert list(said["paths"]) == ["/v1/chat/completions", "/v1/assistants/lite", "/v1/files"]
+    assert all(path in page for path in said["paths"])
+    assert "multipart/form-data" in said["paths"]["/v1/files"]["post"]["requestBody"]["content"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/assistants/lite", "/v1/files"])
+def test_pages_in_browsers_are_refused(assistant, path):
+    got = ask(assistant.port, {}, path=path, headers=[("Origin", "http://evil.example")])
+    refused(got, 403, "evil.example")
+
+
+# Agents -------------------------------------------------------------------------------------------------------------
+
+RENEW = 'Action: RenewInstance\nAction Input: {"instance_id": "123", "period": "2"}\n'
+
+
+def test_agent_calls_its_tool_and_answers(assistant, upstream):
+    upstream.script(streams("好的。\n" + RENEW), streams("Answer: 已完成"))
+    text = assistant.response("续费", agent_config={"tools": ["RenewInstance"]})
+    renewed = "<result>已完成ECS实例ID为123的续费，续费时长2月</result>"
+    assert text == "好的。\n" + RENEW.rstrip() + "\nObservation: " + renewed + "\nAnswer: 已完成"
+    last = sent(upstream)["messages"][-1]
+    assert last["role"] == "user" and "<result>已完成ECS实例ID为123的续费" in last["content"]
+
+
+def test_streamed_agent_sends_the_same_as_text(assistant, upstream):
+    upstream.script(streams(*RENEW), streams("好了"))
+    got = assistant.lite("续费", agent_config={"tools": ["RenewInstance"]}, stream=True)
+    assert got.headers["content-type"] == "text/plain; charset=utf-8"
+    text = got.body.decode("utf-8")
+    assert "Observation: <result>已完成" in text and text.endswith("Answer:好了")
+
+
+def test_history_and_instruction_reach_the_model(assistant, upstream):
+    upstream.script(streams("ok"))
+    history = [{"role": "user", "content": "I am Ann"}, {"role": "assistant", "content": "Hi Ann"}]
+    assistant.response([*history, {"role": "user", "content": "Who am I?"}])
+    system, *others = sent(upstream)["messages"]
+    assert "you are a helpful assistant" in system["content"] and "test assistant" in system["content"]
+    assert others == [*history, {"role": "user", "content": "Who am I?"}]
+
+
+def test_tool_of_the_caller_ends_the_run_with_what_it_is_to_do(assistant, upstream):
+    upstream.script(streams(BEIJING))
+    output = assistant.lite(tools=[WEATHER["function"]]).json()["output"]
+    assert output["response"] == BEIJING.rstrip()
+    assert calls_of(output) == BOTH[:1]
+
+
+def test_key_of_the_llm_config_goes_to_the_model_server(assistant, upstream):
+    upstream.script(streams("ok"))
+    assistant.response(llm_config={"api_key": "sk-from-the-request"})
+    assert headers_of(upstream)["authorization"] == "Bearer sk-from-the-request"
+    assert "sk-from" not in json.dumps(assistant.trajectory())
+
+
+def test_agent_that_fails_before_it_says_anything_is_an_error(assistant, upstream):
+    upstream.script(answer({"error": "no"}, 403), answer({"error": "no"}, 403))
+    refused(assistant.lite(), 403, "no")
+    refused(assistant.lite(stream=True), 403, "no")
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ({"llm_config": {"model": 3}}, "llm_config.model"),
+        ({"llm_config": {"model_server": "http://169.254.169.254/"}}, "model server"),
+        ({"llm_config": {"model_server": "dashcope"}}, "did you mean 'dashscope'"),
+        ({"llm_config": {"api_key": "a\nb"}}, "api_key"),
+        ({"agent_config": {"tools": ["RenewInstanc"]}}, "did you mean 'RenewInstance'"),
+        ({"agent_config": {"tools": ["../etc/passwd"]}}, "there is no tool"),
+        ({"agent_config": {"tools": [{"description": "nameless"}]}}, "function_list"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"content": "hi"}]}, "messages[0]"),
+        ({"stream": "yes"}, "stream"),
+        ({"uuid_str": "../other"}, "uuid_str"),
+        ({"files": "QA.txt"}, "files"),
+        ({"tool_choice": "always"}, "tool_choice"),
+        ({"lang": "fr"}, "lang"),
+        ({"history": []}, "history"),
+    ],
+)
+def test_bad_request_for_an_agent_is_told_what_is_wrong(assistant, upstream, more, words):
+    refused(assistant.lite(**more), 400, words)
+    assert upstream.seen() == []
+
+
+def test_own_tools_run_in_processes_of_their_own(tmp_path, upstream):
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "leave.py").write_text("import os\n\ndef leave() -> str:\n    'Leave.'\n    os._exit(3)\n")
+    upstream.script(streams("Action: leave\nAction Input: {}\n"), streams("It failed."))
+    with assisting(tmp_path, upstream, tool_dir=str(tmp_path / "tools")) as assistant:
+        text = assistant.response("leave", agent_config={"tools": ["leave"]})
+    assert "Observation: <result>the tool leave failed" in text and text.endswith("Answer:It failed.")
+
+
+def test_tools_of_the_tool_manager_are_called_through_it(tmp_path, upstream):
+    text = 'Action: RenewInstance\nAction Input: {"instance_id": "7"}'
+    upstream.script(streams(text), streams("done"), streams(text), streams("done"))
+    more = {"agent_config": {"tools": ["RenewInstance"]}, "use_tool_api": True}
+    with managing(tmp_path / "manager", FakeRuntime(), api_key="key-of-the-manager") as manager:
+        assistant = Assistant(tmp_path / "data", upstream, tool_manager_url=manager.url)
+        assistant.server.start()
+        with contextlib.closing(contextlib.ExitStack()) as ends:
+            ends.callback(assistant.server.stop)
+            refused(assistant.lite("renew", **more), 502, "asks for its API key")
+            with mock.patch.dict(os.environ, TOOL_MANAGER_AUTH="key-of-the-manager"):
+                whole = assistant.response("renew", tenant_id="ann", **more)
+        assert "<result>" in whole and whole.endswith("Answer:done")
+        assert manager.node("RenewInstance", "ann").status == "running"
+
+
+# Uploads and knowledge ----------------------------------------------------------------------------------------------
+
+QA = "# 高德天气API申请\n\n在高德开放平台注册账号，然后在控制台创建应用，即可获得API的Key。\n".encode()
+
+
+def test_uploaded_file_is_found_and_shown_to_the_model_with_its_name(assistant, upstream):
+    got = assistant.upload(QA_md=QA)
+    assert got.status == 200, got.body
+    assert got.json()["output"] == {"status": "upload files success", "files": ["QA.md"]}
+    upstream.script(streams("在控制台创建应用。"))
+    assistant.response("高德天气API申请", use_knowledge=True, files=["QA.md"])
+    system = sent(upstream)["messages"][0]["content"]
+    assert "QA.md" in system and "在控制台创建应用" in system
+
+
+def test_users_files_never_mix(assistant, upstream):
+    assistant.upload("ann", QA_md=QA)
+    assistant.upload("bob", notes_txt=b"The wifi password is on the fridge.")
+    refused(assistant.lite("高德天气API申请", use_knowledge=True, uuid_str="bob"), 400, "No valid knowledge contents.")
+    got = assistant.lite("高德天气API申请", use_knowledge=True, uuid_str="bob", files=["QA.md"])
+    refused(got, 400, "bob has no file")
+    assert upstream.seen() == []
+
+
+def test_knowledge_is_limited_to_the_files_asked_for_and_to_its_length(tmp_path, upstream):
+    upstream.script(streams("a"), streams("b"))
+    with assisting(tmp_path, upstream, knowledge_limit=300) as assistant:
+        assistant.upload(cats_txt=b"Cats sleep a lot. " * 50, dogs_txt=b"Cats and dogs sleep, too. " * 50)
+        for name, other in (("cats.txt", "dogs.txt"), ("dogs.txt", "cats.txt")):
+            assistant.response("How do cats sleep?", use_knowledge=True, files=[name])
+            system = sent(upstream)["messages"][0]["content"]
+            assert name in system and other not in system
+            assert len(system) < 800
+
+
+def test_file_that_cannot_be_read_is_refused_by_name_and_the_others_are_taken(assistant):
+    got = assistant.upload(QA_md=QA, pic_png=b"\x89PNG").json()
+    assert got["output"]["files"] == ["QA.md"]
+    assert "pic.png" in got["message"]
+    refused(assistant.upload(pic_png=b"\x89PNG"), 400, "pic.png")
+
+
+def test_equal_file_is_not_stored_twice_and_another_of_its_name_replaces_it(assistant, upstream):
+    for _ in range(2):
+        assert assistant.upload(QA_md=QA).json()["output"]["files"] == ["QA.md"]
+    assistant.upload(QA_md=b"Bananas are yellow.")
+    refused(assistant.lite("高德天气API申请", use_knowledge=True), 400, "No valid knowledge contents.")
+    upstream.script(streams("yellow"))
+    assistant.response("What colour are bananas?", use_knowledge=True)
+    assert sent(upstream)["messages"][0]["content"].count("Bananas are yellow") == 1
+
+
+@pytest.mark.parametrize("uuid_str", ["", "../other", "a/b", "x" * 65])
+def test_uuid_that_is_no_name_is_refused(assistant, uuid_str):
+    refused(assistant.upload(uuid_str, QA_md=QA), 400, "uuid_str")
+    assert os.listdir(os.path.join(assistant.data_dir, "knowledge", "uploads")) == []
+
+
+def test_upload_beyond_its_limits_is_refused_and_leaves_nothing(tmp_path, upstream):
+    limits = {"max_file_bytes": 1000, "max_files": 2, "max_user_files": 3}
+    with assisting(tmp_path, upstream, **limits) as assistant:
+        refused(assistant.upload(big_txt=b"x" * 1001), 413, "big.txt")
+        refused(assistant.upload(a_txt=b"a", b_txt=b"b", c_txt=b"c"), 413, "2")
+        assert assistant.upload(a_txt=b"alpha", b_txt=b"beta").status == 200
+        got = assistant.upload(c_txt=b"gamma", d_txt=b"delta").json()
+        assert got["output"]["files"] == ["c.txt"] and "d.txt" in got["message"]
+        assert os.listdir(os.path.join(assistant.data_dir, "knowledge", "uploads")) == []
+
+
+def test_gigabyte_is_refused_before_it_is_sent(assistant):
+    head = b"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+    with socket.create_connection(("127.0.0.1", assistant.port), TIMEOUT) as sock:
+        sock.sendall(head + b"Content-Length: %d\r\nExpect: 100-continue\r\n\r\n" % (40 * 1024**3))
+        assert sock.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def test_knowledge_outlives_the_assistant(tmp_path, upstream):
+    with assisting(tmp_path, upstream) as assistant:
+        assistant.upload(QA_md=QA)
+    upstream.script(streams("ok"))
+    with assisting(tmp_path, upstream) as assistant:
+        assistant.response("高德天气API申请", use_knowledge=True)
+    assert "控制台" in sent(upstream)["messages"][0]["content"]
+
+
+# Its end ------------------------------------------------------------------------------------------------------------
+
+
+def test_stop_ends_a_call_that_waits_for_another_attempt(tmp_path, upstream):
+    upstream.script(answer({"error": "busy"}, 500))
+    with assisting(tmp_path, upstream, max_attempts=2, retry_delay_seconds=60.0) as assistant:
+        call = Later(assistant.chat)
+        wait_until(lambda: any("the next one in" in line for line in assistant.logged))
+    refused(call.result(), 503, "stopping")
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"model_server": "nobody"}, "model server nobody"),
+        ({"vllm_args": ("--x",)}, "--model PATH"),
+        ({"model": "w", "model_server": "openai"}, "--model-server openai"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, words):
+    with pytest.raises(rock_ms.UsageError, match=words):
+        rock_sdk.AssistantSettings(**settings).check()
