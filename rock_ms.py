@@ -8153,7 +8153,7 @@ _METAVARS.update({as_seconds: "SECONDS", as_wait: "SECONDS"})
 def _setting_help(spec):
     notes = ["env " + spec.metadata["env"]] if spec.metadata["env"] else []
     default = ",".join(str(part) for part in spec.default) if isinstance(spec.default, tuple) else spec.default
-    notes += ["default %s" % default] if isinstance(default, (str, int, float)) else []
+    notes += ["default %s" % default] if isinstance(default, (str, int, float)) and default != "" else []
     return spec.metadata["help"] + (" (%s)" % "; ".join(notes) if notes else "")
 
 

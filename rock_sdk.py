@@ -2,8 +2,8 @@
 
 A trainer runs on one machine, its agents in sandboxes: directories of this machine, containers, or a ROCK cluster.
 This module puts `rock_ms.py` into a sandbox, starts it there, runs an agent against it, and brings every LLM call of
-that agent to the trainer's policy and the answer back.  It also has the tool manager, a server that runs tools for
-agents, in containers.
+that agent to the trainer's policy and the answer back.  It also has the agent servers: the tool manager, which runs
+tools for agents in containers, and the assistant, which gives function calling to any model and runs agents.
 
     async with LocalSandbox() as sandbox:
         agent = RockAgent(sandbox)
@@ -13,12 +13,15 @@ agents, in containers.
     python3 rock_sdk.py start --type tool-manager
     ToolServiceProxy("RenewInstance").call({"instance_id": "123", "period": "1"})
 
+    python3 rock_sdk.py start --type assistant --model-server dashscope
+    RolePlay(["image_gen"], {"model": "qwen-max", "model_server": "dashscope"}).run("Paint a cat")    # yields text
+
 It needs Python 3.7 or newer on a POSIX system, `rock_ms.py` beside it, and nothing else.  A sandbox needs a POSIX
 shell and a Python 3.7 or newer.  It is read from top to bottom; each section uses only what stands above it:
 
-    Names and limits . Errors . Configuration . OpenAPI documents . Processes . Sandboxes . Commands in a sandbox
-    . Model service . Agents . Tool nodes . Tool registry . Calls . Tool manager . Tool service . Tool clients
-    . Command line
+    Names and limits . Errors . Configuration . OpenAPI documents . Actions . Processes . Sandboxes
+    . Commands in a sandbox . Model service . Agents . Tool nodes . Tool registry . Calls . Tool manager . Tool service
+    . Tool clients . Documents . Knowledge . Uploads . Model servers . Agent loop . Assistant service . Command line
 """
 
 from __future__ import annotations
@@ -6773,7 +6776,7 @@ class VLLMServer:
 
 
 # ======================================================================================================================
-# Agent: asks a model, calls the tools that it asks for, and goes on until it has answered.
+# Agent loop: asks a model, calls the tools that it asks for, and goes on until it has answered.
 #
 #   A turn       is one answer of the model.  Its text is passed on as it comes.  If it has actions, their tools are
 #                called, what comes of them is passed on as `Observation: <result>…</result>` lines and `Answer:`, and

@@ -1,5 +1,6 @@
 """The README is true: its tables are the code's, its commands run."""
 
+import json
 import os
 import re
 import shutil
@@ -11,8 +12,10 @@ import pytest
 import rock_ms
 import rock_sdk
 import sandboxes
+from assistants import ACTION, assisting, says, streams
 from managers import FakeRuntime, assert_nothing_left, managing
 from support import SCRIPT, TIMEOUT, Later, clean_environ, completion, run_cli, wait_until
+from upstream import answer
 
 README = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "README.md")
 
@@ -28,7 +31,12 @@ def code(name):
 
 
 @pytest.mark.parametrize(
-    "title, settings", [("name", rock_ms.ServiceSettings), ("tool manager", rock_sdk.ManagerSettings)]
+    "title, settings",
+    [
+        ("name", rock_ms.ServiceSettings),
+        ("tool manager", rock_sdk.ManagerSettings),
+        ("assistant", rock_sdk.AssistantSettings),
+    ],
 )
 def test_settings_table_is_the_dataclass(readme, title, settings):
     rows = []
@@ -243,13 +251,26 @@ def test_endpoints_table_of_the_tool_manager_has_every_route(readme, tmp_path):
                 assert "`%s`" % name in row or name in ("tool_url", "tenant_id")
 
 
+def test_endpoints_table_of_the_assistant_has_every_route(readme, tmp_path, upstream):
+    section = readme.split("## Function calling")[1].split("\n## ")[0]
+    table = section.split("| endpoint | request |")[1].split("\n\n")[0]
+    with assisting(tmp_path, upstream) as assistant:
+        for path, methods in assistant.server.http.router._exact.items():
+            for method in methods if path not in ("/", "/health", "/metrics") else ():
+                assert "`%s %s`" % (method, path) in table
+    for name in rock_sdk._LITE.takes:
+        assert "`%s`" % name in table
+
+
 @pytest.fixture
-def tools_shell(tmp_path):
-    """Runs the commands of the section on tools, word for word but for the ports and where python3 is."""
+def servers_shell(tmp_path, upstream):
+    """Runs the commands of the sections on the agent servers, word for word but for the ports, the model server's
+    address and where python3 is."""
     if shutil.which("curl") is None:
         pytest.skip("there is no curl")
-    ours = {spec.metadata["env"] for spec in rock_ms.fields(rock_sdk.ManagerSettings)}
-    manager_port, node_port = free_port(), free_port()
+    kinds = (rock_sdk.ManagerSettings, rock_sdk.AssistantSettings)
+    ours = {spec.metadata["env"] for kind in kinds for spec in rock_ms.fields(kind)}
+    manager_port, node_port, assistant_port = free_port(), free_port(), free_port()
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python3").symlink_to(sys.executable)
     for module in (rock_ms, rock_sdk):
@@ -259,16 +280,21 @@ def tools_shell(tmp_path):
     environ["ROCK_MODEL_SERVICE_DATA_DIR"] = str(tmp_path / "data")
     environ["TOOL_MANAGER_SERVICE_URL"] = "http://localhost:%d" % manager_port
     environ["TMPDIR"] = str(tmp_path)
+    environ["DASHSCOPE_API_KEY"] = "sk-of-dashscope"
     ports = " --port %d --first-node-port %d" % (manager_port, node_port)
+    model_server = ' --port %d --model-servers \'{"dashscope": "%s"}\'' % (assistant_port, upstream.url)
 
     def shell(text):
         script = text.replace("31511", str(manager_port)).replace("31513", str(node_port))
-        script = script.replace("--type tool-manager", "--type tool-manager" + ports)
+        script = script.replace("31512", str(assistant_port))
+        script = script.replace("start --type tool-manager", "start --type tool-manager" + ports)
+        script = script.replace("start --type assistant", "start --type assistant" + model_server)
         return subprocess.check_output(["sh", "-ec", script], cwd=str(tmp_path), env=environ, timeout=60).decode()
 
     yield shell
-    for module in (rock_ms, rock_sdk):
-        run_cli("stop", script=module.__file__, check=0, env=environ)
+    run_cli("stop", script=rock_ms.__file__, check=0, env=environ)
+    for kind in rock_sdk.SERVERS:
+        run_cli("stop", "--type", kind, script=rock_sdk.__file__, check=0, env=environ)
     assert_nothing_left(tmp_path / "data")
     assert sandboxes.processes_with(str(tmp_path)) == []
 
@@ -278,27 +304,78 @@ def section_on_tools(readme):
 
 
 @pytest.mark.load
-def test_first_tool_runs_as_shown(readme, tmp_path, tools_shell):
+def test_first_tool_runs_as_shown(readme, tmp_path, servers_shell):
     section = section_on_tools(readme)
     start = re.search(r"```sh\n(.*?)```", section, re.DOTALL).group(1)
     (tmp_path / "tool.py").write_text(re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1))
     shown = re.search(r"```console\n(.*?)```", section, re.DOTALL).group(1).splitlines()
-    assert "tool manager started" in tools_shell(start)
+    assert "tool manager started" in servers_shell(start)
     commands = "\n".join(line[2:] for line in shown if line.startswith("$ "))
-    printed = tools_shell(commands)
+    printed = servers_shell(commands)
     lines = [line for line in shown if not line.startswith("$ ")]
     assert re.sub("pid [0-9]+", "pid 4711", printed).splitlines() == lines
 
 
 @pytest.mark.load
-def test_tool_of_ones_own_runs_as_shown(readme, tmp_path, tools_shell):
+def test_tool_of_ones_own_runs_as_shown(readme, tmp_path, servers_shell):
     section = section_on_tools(readme)
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "add.py").write_text(re.findall(r"```python\n(.*?)```", section, re.DOTALL)[1])
     managed, alone = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)[1:]
     name = '{"tool_node_name":"add_default","status":"%s"}'
-    outputs = [text for text in re.findall('"output":(.*)}', tools_shell(managed)) if text != name % "pending"]
+    outputs = [text for text in re.findall('"output":(.*)}', servers_shell(managed)) if text != name % "pending"]
     assert outputs == ["42", name % "exited"]
-    printed = tools_shell(alone)
+    printed = servers_shell(alone)
     assert '"output":42}' in printed
     assert "tool node stopped" in printed
+
+
+# The assistant.
+
+
+def section_on_the_assistant(readme):
+    return readme.split("## Function calling")[1].split("\n## ")[0]
+
+
+@pytest.mark.load
+def test_assistant_runs_as_shown(readme, tmp_path, servers_shell, upstream):
+    section = section_on_the_assistant(readme)
+    start, chat, lite = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    shown = json.loads(re.search(r"```json\n(.*?)```", section, re.DOTALL).group(1))
+    (tmp_path / "QA.md").write_text("高德天气API申请：在控制台创建应用。", encoding="utf-8")
+    assert "assistant started" in servers_shell(start)
+    upstream.script(says(ACTION % "海淀区", model="qwen-max"), streams("在控制台", "创建应用"))
+
+    def general(value):
+        return json.loads(re.sub(r"(chatcmpl|call)_[0-9a-f-]+|(?<=created\":)[0-9]+", "0", json.dumps(value)))
+
+    def without_created(value):
+        return {name: item for name, item in value.items() if name != "created"}
+
+    answered = json.loads(servers_shell(chat))
+    shown = json.loads(json.dumps(shown).replace("chatcmpl_...", "0").replace("call_...", "0"))
+    assert without_created(general(answered)) == without_created(shown)
+    assert list(answered) == list(shown)
+    uploaded, _, said = servers_shell(lite).partition("\n")
+    assert json.loads(uploaded)["output"] == {"status": "upload files success", "files": ["QA.md"]}
+    assert '"output":{"response":"在控制台创建应用"}' in said and "assistant stopped" in said
+    keys = [dict(request["headers"])["authorization"] for request in upstream.seen()]
+    assert keys == ["Bearer sk-of-dashscope"] * 2
+    assert "在控制台创建应用" in upstream.seen()[1]["body"].decode("utf-8")
+
+
+@pytest.mark.load
+def test_agent_with_a_tool_in_the_tool_manager_runs_as_shown(readme, tmp_path, servers_shell, upstream):
+    agent = re.findall(r"```python\n(.*?)```", section_on_the_assistant(readme), re.DOTALL)[1]
+    base_url = upstream.url[: -len("/v1")]
+    agent = agent.replace('"dashscope"}', '"%s", "api_key": os.getenv("DASHSCOPE_API_KEY")}' % upstream.url)
+    agent = agent.replace('["image_gen"]', '[{"image_gen": {"base_url": "%s"}}]' % base_url)
+    agent += "assert 'Answer:' in text and 'Observation:' in text and '![IMAGEGEN]' in text\n"
+    (tmp_path / "agent.py").write_text(agent, encoding="utf-8")
+    task = {"task_status": "SUCCEEDED", "results": [{"url": "https://host/i.png"}]}
+    action = 'Action: image_gen\nAction Input: {"text": "多啦A梦"}'
+    upstream.script(streams(action), answer({"output": task}), streams("画好了"))
+    servers_shell("python3 rock_sdk.py start --type tool-manager --runtime process")
+    printed = servers_shell("python3 agent.py")
+    assert printed == action + "\nObservation: <result>![IMAGEGEN](https://host/i.png)</result>\nAnswer:画好了\n"
+    assert dict(upstream.seen()[1]["headers"])["authorization"] == "Bearer sk-of-dashscope"
