@@ -993,22 +993,23 @@ class CompletionEvents:
         choices = self._choices.values()
         return self.is_over or bool(choices) and all(choice.get("finish_reason") for choice in choices)
 
-    def add(self, _: str, data: str) -> None:
-        """Take one event."""
+    def add(self, _: str, data: str) -> list:
+        """Take one event; the chunks that it holds, usually one."""
         if data == "[DONE]":
             self.is_over = True
-            return
+            return []
         try:
             chunk = parse_json(data)
         except ValueError:
             chunk = None
         if isinstance(chunk, dict) and not _is_deep(data, chunk):
             self._add_chunk(chunk)
-        elif "\n" in data:  # events without the empty line between them
-            for line in data.split("\n"):
-                self.add("", line)
-        elif data:
+            return [chunk]
+        if "\n" in data:  # events without the empty line between them
+            return [chunk for line in data.split("\n") for chunk in self.add("", line)]
+        if data:
             self._unknown.append(data)
+        return []
 
     def _add_chunk(self, chunk):
         for key, value in chunk.items():

@@ -375,6 +375,13 @@ def test_key_to_the_assistant_never_reaches_the_model_server(tmp_path, upstream)
     assert "authorization" not in headers_of(upstream)
 
 
+def test_model_list_is_asked_for_without_the_key_to_the_assistant(tmp_path, upstream):
+    with assisting(tmp_path, upstream, api_key="key-of-the-assistant") as assistant:
+        headers = [("Authorization", "Bearer key-of-the-assistant")]
+        assert ask(assistant.port, None, "GET", "/v1/models", headers).status == 200
+    assert "authorization" not in headers_of(upstream)
+
+
 def test_assistant_that_is_its_own_model_server_says_so(assistant):
     assistant.server.service._clients._own_url = assistant.url + "/v1"
     refused(assistant.chat(), 508, "itself")

@@ -100,7 +100,7 @@ class Upstream:
         head, end, body = data.partition(b"\r\n\r\n")
         if not end or len(body) < int(re.search(rb"(?i)content-length: *(\d+)", head).group(1)):
             self._buffers[sock] = data
-        elif b'"stream": true' in body:
+        elif re.search(rb'"stream": ?true', body):
             self._streams[sock] = 0, b""
         else:
             with contextlib.suppress(ConnectionError):
