@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import os
+import signal
 
 import pytest
 
@@ -15,6 +16,7 @@ HANG_SECONDS = 4 * TIMEOUT  # no test has more time for what must happen in it
 
 def pytest_configure(config):
     config.stderr_of_all = os.dup(2)  # that no test captures
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores it
 
 
 @pytest.hookimpl(hookwrapper=True)

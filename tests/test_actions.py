@@ -538,7 +538,7 @@ def test_the_tools_are_told_in_the_language_of_the_conversation(question, word):
     assert system["role"] == "system" and asked == user(question)
     for part in (word, "amap_weather", "amap weather tool", "城市/区具体名称", '"required":["location"]', "now"):
         assert part in system["content"]
-    for label in ("Action: ", "Action Input: ", "Observation: <result>", "Answer: "):
+    for label in ("Action: ", "Action Input: ", "Observation: <result>"):
         assert "\n" + label in system["content"]
     assert prompted_messages([user(question)], FUNCTIONS, language="en")[0]["content"].startswith("You have")
 
