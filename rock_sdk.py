@@ -7464,6 +7464,12 @@ class ChatCall:
             yield rock_ms.sse_event(chunk)
 
 
+def _key_variables():
+    """The environment variables with the keys of our servers: a tool runs what a model and its users come up with."""
+    ours = [spec.metadata for kind in (AssistantSettings, ManagerSettings) for spec in fields(kind)]
+    return [one["env"] for one in ours if one["secret"] and one["env"]]
+
+
 class WorkerTool:
     """A tool of the assistant's own, in processes of its own, as in a tool node.  Raises UsageError.
 
@@ -7471,7 +7477,10 @@ class WorkerTool:
     """
 
     def __init__(self, name: str, path: str | None, seconds: float, logger):
-        settings = rock_ms.ServiceSettings(type="tool-node", tool=name, tool_file=path, request_timeout=seconds)
+        withheld = dict.fromkeys(_key_variables(), "")
+        settings = rock_ms.ServiceSettings(
+            type="tool-node", tool=name, tool_file=path, tool_env=withheld, request_timeout=seconds
+        )
         self._node = rock_ms.ToolNode(settings, logger)
         try:
             self._node.start()

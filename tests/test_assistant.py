@@ -499,6 +499,20 @@ def test_own_tools_run_in_processes_of_their_own(tmp_path, upstream):
     assert "Observation: <result>the tool leave failed" in text and text.endswith("Answer:It failed.")
 
 
+def test_own_tools_do_not_see_the_keys_of_our_servers(tmp_path, upstream, monkeypatch):
+    for name in ("ASSISTANT_API_KEY", "ASSISTANT_UPSTREAM_API_KEY", "TOOL_MANAGER_AUTH"):
+        monkeypatch.setenv(name, "key-of-a-server")
+    monkeypatch.setenv("AMAP_TOKEN", "key-of-the-tool")
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "show.py").write_text(
+        "import os\n\ndef show() -> str:\n    'Show.'\n    return str(sorted(os.environ.items()))\n"
+    )
+    upstream.script(streams("Action: show\nAction Input: {}\n"), streams("ok"))
+    with assisting(tmp_path, upstream, tool_dir=str(tmp_path / "tools")) as assistant:
+        text = assistant.response("show", agent_config={"tools": ["show"]})
+    assert "key-of-the-tool" in text and "key-of-a-server" not in text
+
+
 def test_tools_of_the_tool_manager_are_called_through_it(tmp_path, upstream):
     text = 'Action: RenewInstance\nAction Input: {"instance_id": "7"}'
     upstream.script(streams(text), streams("done"), streams(text), streams("done"))
