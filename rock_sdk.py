@@ -1566,9 +1566,13 @@ def _function_of(place, tool):
 
 def _checked_name(place, name):
     _check(place, name, str)
-    if not name.isprintable() or name != name.strip() or not 0 < len(name) < MAX_NAME_CHARACTERS or "{" in name:
+    if not _is_name(name):
         raise ValueError("%s must be the name of a function, got %r" % (place, rock_ms.shortened(name)))
     return name
+
+
+def _is_name(text):
+    return text.isprintable() and text == text.strip() and 0 < len(text) < MAX_NAME_CHARACTERS and "{" not in text
 
 
 def _check(place, value, kind):
@@ -6606,8 +6610,8 @@ def native_tool(function: Function) -> dict:
 
 
 def tool_call(call: FunctionCall | BadCall) -> dict:
-    """A call as a message of OpenAI's has it, with an id; a bad one without arguments."""
-    function = {"name": call.name or "unknown", "arguments": getattr(call, "arguments", "{}")}
+    """A call as a message of OpenAI's has it, with an id; a bad one without arguments, nor a name that can be none."""
+    function = {"name": call.name if _is_name(call.name) else "unknown", "arguments": getattr(call, "arguments", "{}")}
     return {"id": "call_" + uuid.uuid4().hex[:24], "type": "function", "function": function}
 
 

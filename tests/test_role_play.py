@@ -102,6 +102,13 @@ def test_what_goes_wrong_with_a_call_is_an_observation_and_the_model_goes_on(ups
     assert len(upstream.seen()) == 2
 
 
+@pytest.mark.parametrize("name", ["x" * 200, "a\u200bb", ""])
+def test_action_whose_name_can_be_none_is_an_observation_too(upstream, llm, name):
+    upstream.script(streams("Action: %s\nAction Input: {}\n" % name), streams("done"))
+    assert said(rock_sdk.RolePlay([add], llm)).endswith("Answer:done")
+    assert "there is no tool" in results(upstream)
+
+
 def test_calls_in_a_row_are_all_made_and_told_in_order(upstream, llm):
     text = 'Action: add\nAction Input: {"a": 1}\nAction: add\nAction Input: {"a": 2}\n'
     upstream.script(streams(text), streams("2 and 3"))
