@@ -6419,13 +6419,15 @@ def caller_of(request: rock_ms.Request) -> Caller:
 class ModelAnswer:
     """What a model server answers.  One of `whole`, `chunks` and `passed_on` is called, once.
 
-    reply: a Reply of the proxy.  request: what was sent.  completion: once all has come, the whole of it.
+    reply: a Reply of the proxy.  request: what was sent.  secrets: what its errors must not tell, though the model
+    server may.  completion: once all has come, the whole of it.
     Raises ApiError with what the model server said is wrong, ClientGone.
     """
 
-    def __init__(self, reply: rock_ms.Reply, request: dict):
+    def __init__(self, reply: rock_ms.Reply, request: dict, secrets: rock_ms.Secrets):
         self._reply = reply
         self._request = request
+        self._secrets = secrets
         self._is_closed = False
         self.completion = {}
         if reply.status >= 400:
@@ -6436,9 +6438,14 @@ class ModelAnswer:
         message = said
         with contextlib.suppress(ValueError):
             message = rock_ms.error_message(rock_ms.parse_json(said)) or said
-        message = "the model server answered %d: %s" % (self._reply.status, rock_ms.shortened(message) or "nothing")
+        message = rock_ms.shortened(self._secrets.hide(message)) or "nothing"
+        message = "the model server answered %d: %s" % (self._reply.status, message)
         kept = [field for field in self._reply.headers if field[0].lower() in ("retry-after", "x-should-retry")]
         return ApiError(self._reply.status, message, code="model_server_error", headers=kept)
+
+    def _error(self, said):
+        said = rock_ms.shortened(self._secrets.hide(said))
+        return ApiError(502, "the model server: %s" % said, code="model_server_error")
 
     def _pieces(self):
         reply, size = self._reply, 0
@@ -6493,12 +6500,11 @@ class ModelAnswer:
             raise ApiError(502, "the model server's stream ended before its answer was over", code="model_server_error")
         self.completion = events.response() or {}
 
-    @staticmethod
-    def _chunks_of(parsed, events):
+    def _chunks_of(self, parsed, events):
         for name, data in parsed:
             chunks = events.add(name, data)
             if events.error:
-                raise ApiError(502, "the model server: %s" % rock_ms.shortened(events.error), code="model_server_error")
+                raise self._error(events.error)
             yield from chunks
 
 
@@ -6521,7 +6527,9 @@ class ModelClient:
         data = rock_ms.dump_json(body).encode("utf-8")
         headers = (*caller.headers, ("content-type", "application/json"))
         head = rock_ms.RequestHead("POST", "/v1/chat/completions", None, False, headers, len(data))
-        return ModelAnswer(self._proxy.forward(rock_ms.Request(head, data, "", None, caller.sock)), body)
+        keys = [value.rpartition(" ")[2] for name, value in caller.headers if name == "authorization"]
+        secrets = rock_ms.Secrets([*keys, self._proxy.settings.upstream_api_key])
+        return ModelAnswer(self._proxy.forward(rock_ms.Request(head, data, "", None, caller.sock)), body, secrets)
 
     def forward(self, request: rock_ms.Request) -> rock_ms.Reply:
         """A client's own request, as it came, and the answer as it comes."""

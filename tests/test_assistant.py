@@ -377,11 +377,19 @@ def test_key_to_the_assistant_never_reaches_the_model_server(tmp_path, upstream)
     assert all("authorization" not in fields and "cookie" not in fields for fields in asked)
 
 
-def test_model_list_is_asked_for_without_the_key_to_the_assistant(tmp_path, upstream):
-    with assisting(tmp_path, upstream, api_key="key-of-the-assistant") as assistant:
-        headers = [("Authorization", "Bearer key-of-the-assistant")]
-        assert ask(assistant.port, None, "GET", "/v1/models", headers).status == 200
-    assert "authorization" not in headers_of(upstream)
+def test_key_that_the_model_server_repeats_is_neither_told_nor_logged(tmp_path, upstream):
+    error = {"error": {"message": "the key %s is no good"}}
+    ours = json.loads(json.dumps(error) % "key-of-the-model-server")
+    theirs = json.loads(json.dumps(error) % "sk-from-the-request")
+    upstream.script(answer(ours, 401), sse(ours), sse(delta("Well"), theirs))
+    with assisting(tmp_path / "a", upstream, upstream_api_key="key-of-the-model-server") as assistant:
+        refused(assistant.chat(), 401, "the key [key] is no good")
+        refused(assistant.lite(), 502, "the key [key] is no good")
+    with assisting(tmp_path / "b", upstream) as assistant:
+        with pytest.raises(http.client.IncompleteRead):
+            assistant.lite(llm_config={"api_key": "sk-from-the-request"}, stream=True)
+        wait_until(lambda: any("broke off" in line for line in assistant.logged))
+    assert "sk-from" not in "".join(assistant.logged)
 
 
 def test_assistant_that_is_its_own_model_server_says_so(assistant):
