@@ -6480,6 +6480,8 @@ class ModelAnswer:
         data = b"".join(self._pieces())
         try:
             self.completion = rock_ms.json_object(data.decode("utf-8"), "the model server's answer")[1]
+            if rock_ms.error_message(self.completion):
+                raise self._error(rock_ms.error_message(self.completion))
             if not _are_choices(self.completion.get("choices")):
                 raise ValueError("the model server's answer has no choices with a message")
         except ValueError as error:
@@ -6510,7 +6512,26 @@ class ModelAnswer:
 
 def _are_choices(choices):
     choices = choices if isinstance(choices, list) else []
-    return bool(choices) and all(isinstance(item, dict) and isinstance(item.get("message"), dict) for item in choices)
+    messages = [choice.get("message") if isinstance(choice, dict) else None for choice in choices]
+    return bool(messages) and all(isinstance(message, dict) and _are_calls(message) for message in messages)
+
+
+def _are_calls(message):
+    calls = message.get("tool_calls") or []
+    return isinstance(calls, list) and all(isinstance(call, dict) for call in calls)
+
+
+def _choices_in(chunk):
+    """The choices of a chunk that are any."""
+    choices = chunk.get("choices")
+    return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+
+
+def _text_in(content):
+    """The text of a model's message, or of a piece of it: some send it in parts, among which may be what is no text."""
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part for part in parts]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 class ModelClient:
@@ -6984,10 +7005,12 @@ class RolePlay:
             for chunk in answer.chunks():
                 yield from _texts_of(chunk)
         message = (answer.completion.get("choices") or [{}])[0].get("message") or {}
+        if not _are_calls(message):
+            raise ApiError(502, "the model server's answer has tool_calls that are none", code="model_server_error")
         calls = [] if choice == "none" else [_native_call(call) for call in message.get("tool_calls") or ()]
         for call in calls:
             yield call.raw
-        return AgentTurn(message.get("content") or "", tuple(calls))
+        return AgentTurn(_text_in(message.get("content")), tuple(calls))
 
     def _is_for_the_caller(self, calls):
         return any(isinstance(call, FunctionCall) and self._tools.get(call.name, call) is None for call in calls)
@@ -7011,25 +7034,27 @@ class RolePlay:
 
 
 def _native_call(call):
-    function = call.get("function") or {}
+    function = call.get("function") if isinstance(call.get("function"), dict) else {}
     name, arguments = str(function.get("name")), function.get("arguments") or "{}"
+    arguments = arguments if isinstance(arguments, str) else rock_ms.dump_json(arguments)
     return FunctionCall(name, arguments, "\nAction: %s\nAction Input: %s\n" % (name, arguments))
 
 
 def _texts_of(chunk):
     """The text in a chunk's first choice."""
-    for choice in chunk.get("choices") or ():
-        delta = choice.get("delta") if isinstance(choice, dict) and not choice.get("index") else None
-        if isinstance(delta, dict) and isinstance(delta.get("content"), str) and delta["content"]:
-            yield delta["content"]
+    for choice in _choices_in(chunk):
+        delta = choice.get("delta") if not choice.get("index") else None
+        text = _text_in(delta.get("content")) if isinstance(delta, dict) else ""
+        if text:
+            yield text
 
 
 def _events(answer, parser):
     """What an ActionParser makes of an answer.  It is read to its end, so that its record is whole."""
     is_truncated = False
     for chunk in answer.chunks():
-        for choice in chunk.get("choices") or ():
-            is_truncated = is_truncated or (isinstance(choice, dict) and choice.get("finish_reason") == "length")
+        for choice in _choices_in(chunk):
+            is_truncated = is_truncated or choice.get("finish_reason") == "length"
         for text in _texts_of(chunk):
             yield from parser.feed(text)
     yield from parser.end(is_truncated)
@@ -7362,8 +7387,7 @@ class ChoiceStream:
         """The deltas that one of the model's becomes."""
         others = {name: value for name, value in delta.items() if name not in ("content", "tool_calls")}
         deltas = [others] if any(value is not None for value in others.values()) else []
-        text = delta.get("content")
-        return deltas + (self._deltas(self._parser.feed(text)) if isinstance(text, str) else [])
+        return deltas + self._deltas(self._parser.feed(_text_in(delta.get("content"))))
 
     def end(self, reason: str) -> tuple[list, str]:
         """The last deltas, and why the choice ends.  reason: why the model ended."""
@@ -7417,7 +7441,7 @@ class ChatCall:
     def _choice(self, number, choice):
         message, reason = choice["message"], choice.get("finish_reason") or "stop"
         parser = self._request.parser()
-        events = parser.feed(message.get("content") or "") + parser.end(reason == "length")
+        events = parser.feed(_text_in(message.get("content"))) + parser.end(reason == "length")
         calls = [tool_call(event) for event in events if isinstance(event, FunctionCall)]
         if self._request.is_offering:
             message = {**message, "content": parser.content}
@@ -7430,9 +7454,8 @@ class ChatCall:
         streams = {}
         try:
             for chunk in self._answer.chunks():
-                for number, choice in enumerate(chunk.get("choices") or ()):
-                    if isinstance(choice, dict):
-                        yield from self._events_of(number, choice, streams)
+                for number, choice in enumerate(_choices_in(chunk)):
+                    yield from self._events_of(number, choice, streams)
             for index, stream in streams.items():
                 if not stream.is_ended:
                     yield from self._end(index, stream, "stop")

@@ -305,10 +305,51 @@ def test_model_server_is_asked_again_as_the_proxy_does(tmp_path, upstream):
     assert (record["attempts"], record["status"]) == (2, 200)
 
 
-@pytest.mark.parametrize("body", ['{"choices": []}', "[]", "{", '{"choices": [3]}'])
+@pytest.mark.parametrize(
+    "body",
+    ['{"choices": []}', "[]", "{", '{"choices": [3]}', '{"choices": [{"message": {"content": "", "tool_calls": 3}}]}'],
+)
 def test_answer_that_is_none_is_a_502(assistant, upstream, body):
-    upstream.script(answer(body))
+    upstream.script(answer(body), answer(body))
     refused(assistant.chat(), 502, "model server's answer")
+    refused(assistant.lite(), 502, "model server's answer")
+
+
+def test_error_in_an_answer_that_says_it_is_a_success_is_told(assistant, upstream):
+    upstream.script(answer({"error": {"message": "no quota left"}}), answer({"error": {"message": "no quota left"}}))
+    refused(assistant.chat(), 502, "no quota left")
+    refused(assistant.lite(), 502, "no quota left")
+
+
+def test_content_that_comes_in_parts_is_read_as_text(assistant, upstream):
+    parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": BEIJING}]
+    choice = {"index": 0, "message": {"role": "assistant", "content": parts}, "finish_reason": "stop"}
+    upstream.script(answer({"choices": [choice]}), sse(delta(parts), delta(finish="stop")))
+    assert calls_of(assistant.chat(tools=[WEATHER]).json()["choices"][0]["message"]) == BOTH[:1]
+    assert added_up(assistant.chat_stream(tools=[WEATHER]))[1] == BOTH[:1]
+
+
+@pytest.mark.parametrize(
+    "chunk", [{"choices": 5}, {"choices": {"a": 1}}, {"choices": [3]}, {"choices": [{"delta": 3}]}, [], 3]
+)
+def test_chunk_that_is_none_is_passed_over(assistant, upstream, chunk):
+    upstream.script(*[sse(chunk, delta("hi"), delta(finish="stop"))] * 2)
+    assert added_up(assistant.chat_stream(tools=[WEATHER])) == ("hi", [], "stop")
+    assert assistant.response() == "hi"
+
+
+def test_events_without_empty_lines_between_them_are_read(assistant, upstream):
+    upstream.script(*[sse(delta("h"), delta("i"), delta(finish="stop"), end="\n")] * 2)
+    assert added_up(assistant.chat_stream()) == ("hi", [], "stop")
+    assert assistant.response() == "hi"
+
+
+@pytest.mark.parametrize("calls", [[3], [{"function": 4}], [{"function": {"name": "RenewInstance", "arguments": {}}}]])
+def test_calls_of_a_native_model_that_are_none_are_no_bug(tmp_path, upstream, calls):
+    upstream.script(sse(delta(tool_calls=calls), delta(finish="stop")), streams("done"))
+    with assisting(tmp_path, upstream, tool_calling="native") as assistant:
+        assert assistant.lite(agent_config={"tools": ["RenewInstance"]}).status in (200, 502)
+        assert not any("bug" in line for line in assistant.logged)
 
 
 def test_stream_that_breaks_off_ends_with_an_error_and_a_broken_connection(assistant, upstream):
