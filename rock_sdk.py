@@ -7745,11 +7745,14 @@ class AssistantService:
         values = _LITE.fields_of(request)
         llm = values["llm_config"]
         more = {name: value for name, value in values.items() if name not in _LITE.takes}
-        for name in ("query", "history", "ref_doc", "params"):
+        for name in ("self", "query", "history", "ref_doc", "params"):
             if name in more:
                 raise ApiError(400, "a field cannot be called %s" % name, param=name)
         ref_doc = self._retrieved(values) if values["use_knowledge"] else None
         caller = self._caller(request, _key_given(llm))
+        for number, tool in enumerate(values["tools"]):
+            if _DEFINED_BY.isdisjoint(tool):  # it would be one of ours, made as the client says
+                raise ApiError(400, "tools[%d] must have a name, or a function" % number, param="tools")
         client, options = self._clients.named(llm.get("model_server")), llm.get("generate_config")
         bot = self._agent(values, Model(client, llm["model"], caller, options, self._settings.tool_calling))
         choice = _choice_asked(values["tool_choice"], bot.functions)
@@ -7774,6 +7777,8 @@ class AssistantService:
     def _own_tool(self, item):
         """A tool of the assistant's by its name; what only has that name is the caller's."""
         name = item.get("name") if isinstance(item, dict) else item
+        if isinstance(item, dict) and _DEFINED_BY.isdisjoint(item):  # it would be made here, and run in this process
+            raise ApiError(400, "agent_config.tools: give %s by its name alone" % (", ".join(item) or "a tool"))
         is_ours = isinstance(item, str) or name in self._tools.names()
         return self._tools.tool(name) if is_ours else item
 

@@ -532,11 +532,19 @@ def test_agent_that_fails_before_it_says_anything_is_an_error(assistant, upstrea
         ({"tool_choice": "always"}, "tool_choice"),
         ({"lang": "fr"}, "lang"),
         ({"history": []}, "history"),
+        ({"agent_config": {"tools": [{"RenewInstance": {"a": 1}}]}}, "RenewInstance"),
+        ({"tools": [{"RenewInstance": {"a": 1}}]}, "tools[0]"),
     ],
 )
 def test_bad_request_for_an_agent_is_told_what_is_wrong(assistant, upstream, more, words):
     refused(assistant.lite(**more), 400, words)
     assert upstream.seen() == []
+
+
+@pytest.mark.parametrize("name", ["self", "query", "history", "ref_doc", "params"])
+def test_field_that_would_be_an_argument_of_ours_is_refused(assistant, name):
+    body = {"messages": [{"role": "user", "content": "x"}], "llm_config": {"model": "m"}, name: 1}
+    refused(ask(assistant.port, body, path="/v1/assistants/lite"), 400, name)
 
 
 def test_own_tools_run_in_processes_of_their_own(tmp_path, upstream):
