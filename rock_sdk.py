@@ -6975,7 +6975,7 @@ class RolePlay:
         role = role_text(self._instruction, language)
         parts = [prompts["knowledge"] % ref_doc if ref_doc else "", prompts["role"] % role if role else ""]
         if messages and messages[0]["role"] == "system":
-            parts.append(str(messages[0].get("content") or ""))
+            parts.append(_text_in(messages[0].get("content")))
             messages = messages[1:]
         system = "\n\n".join(filter(None, parts))
         return [{"role": "system", "content": system}, *messages] if system else messages

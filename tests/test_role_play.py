@@ -166,6 +166,13 @@ def test_instruction_history_and_reference_stand_before_the_question(upstream, l
     assert others == [*history[1:], {"role": "user", "content": "你好"}]
 
 
+def test_system_message_in_parts_is_told_as_text(upstream, llm):
+    upstream.script(streams("ok"))
+    history = [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}]
+    said(rock_sdk.RolePlay(llm=llm, instruction="a clerk"), "hi", history=history)
+    assert sent(upstream)["messages"][0]["content"].endswith("a clerk\n\nBe brief.")
+
+
 def test_model_that_calls_functions_itself_is_asked_to(upstream, llm):
     call = {"index": 0, "id": "c", "type": "function", "function": {"name": "add", "arguments": '{"a": 41}'}}
     upstream.script(
