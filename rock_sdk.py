@@ -6958,8 +6958,8 @@ class RolePlay:
                     return
                 calls = [tool_call(call) for call in said.calls]
                 messages.append({"role": "assistant", "content": said.content, "tool_calls": calls})
-                if self._is_for_the_caller(said.calls):
-                    self.tool_calls = calls
+                self.tool_calls = [made for call, made in zip(said.calls, calls) if self._is_for_the_caller(call)]
+                if self.tool_calls:
                     return
                 for call, made in zip(said.calls, calls):
                     observation = self._observation(call, kwargs)
@@ -7012,8 +7012,8 @@ class RolePlay:
             yield call.raw
         return AgentTurn(_text_in(message.get("content")), tuple(calls))
 
-    def _is_for_the_caller(self, calls):
-        return any(isinstance(call, FunctionCall) and self._tools.get(call.name, call) is None for call in calls)
+    def _is_for_the_caller(self, call):
+        return isinstance(call, FunctionCall) and self._tools.get(call.name, call) is None
 
     def _observation(self, call, kwargs):
         """What comes of a call, as a text."""

@@ -196,6 +196,14 @@ def test_tool_of_the_caller_ends_the_run(upstream, llm):
     assert bot.tool_calls[0]["function"] == {"name": "amap_weather", "arguments": '{"location": "北京"}'}
 
 
+def test_only_calls_of_the_callers_tools_are_handed_to_it(upstream, llm):
+    others = 'Action: add\nAction Input: {"a": 1}\nAction: nobody\nAction Input: {}\n'
+    upstream.script(streams(others + ACTION % "北京"))
+    bot = rock_sdk.RolePlay([WEATHER, add], llm)
+    said(bot)
+    assert [call["function"]["name"] for call in bot.tool_calls] == ["amap_weather"]
+
+
 def test_run_that_is_given_up_leaves_nothing(upstream, llm):
     upstream.script([*sse(delta("It is "), done=False)[:-1], {"stall": True}])
     run = rock_sdk.RolePlay(llm=llm).run("hi")
