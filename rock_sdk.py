@@ -6580,12 +6580,12 @@ class Model:
         self._client = client
         self._name = name
         self._caller = caller
-        self._options = options or {}
+        self.options = options or {}
         self.tool_calling = tool_calling
 
     def ask(self, messages: list, **more) -> ModelAnswer:
         """Its answer, as a stream.  more: fields of the request."""
-        body = {**self._options, "model": self._name, "messages": messages, "stream": True, **more}
+        body = {**self.options, "model": self._name, "messages": messages, "stream": True, **more}
         return self._client.ask(body, self._caller)
 
 
@@ -6990,7 +6990,8 @@ class RolePlay:
         prompted = prompted_messages(messages, self.functions, choice, True, language)
         parser = ActionParser(functions, True, choice)
         calls = []
-        with contextlib.closing(model.ask(prompted, **({"stop": [OBSERVATION_LABEL]} if functions else {}))) as answer:
+        stop = {"stop": _with_stop(model.options.get("stop"))} if functions else {}
+        with contextlib.closing(model.ask(prompted, **stop)) as answer:
             for event in _without_label(_events(answer, parser), is_later):
                 if not isinstance(event, str):
                     calls.append(event)
@@ -7603,7 +7604,8 @@ _LLM_CONFIG = {
         "model": _TEXT,
         "model_server": {**_TEXT_OR_NULL, "description": "one of the assistant's model servers, by name"},
         "api_key": {**_TEXT_OR_NULL, "description": "sent to the model server"},
-        "generate_config": {"type": ["object", "null"], "description": "more fields of the requests to the model"},
+        "generate_cfg": {"type": ["object", "null"], "description": "more fields of the requests to the model"},
+        "generate_config": {"type": ["object", "null"], "description": "the same"},
     },
     "required": ["model"],
 }
@@ -7753,7 +7755,8 @@ class AssistantService:
         for number, tool in enumerate(values["tools"]):
             if _DEFINED_BY.isdisjoint(tool):  # it would be one of ours, made as the client says
                 raise ApiError(400, "tools[%d] must have a name, or a function" % number, param="tools")
-        client, options = self._clients.named(llm.get("model_server")), llm.get("generate_config")
+        options = llm.get("generate_cfg") or llm.get("generate_config")
+        client = self._clients.named(llm.get("model_server"))
         bot = self._agent(values, Model(client, llm["model"], caller, options, self._settings.tool_calling))
         choice = _choice_asked(values["tool_choice"], bot.functions)
         pieces = bot.run(None, values["messages"], ref_doc, values.get("lang"), choice, **more)

@@ -508,6 +508,13 @@ def test_key_of_the_llm_config_goes_to_the_model_server(assistant, upstream):
     assert "sk-from" not in json.dumps(assistant.trajectory())
 
 
+@pytest.mark.parametrize("name", ["generate_cfg", "generate_config"])
+def test_more_fields_for_the_model_are_sent_along(assistant, upstream, name):
+    upstream.script(streams("ok"))
+    assistant.response(llm_config={name: {"temperature": 0.1}})
+    assert sent(upstream)["temperature"] == 0.1
+
+
 def test_agent_that_fails_before_it_says_anything_is_an_error(assistant, upstream):
     upstream.script(answer({"error": "no"}, 403), answer({"error": "no"}, 403))
     refused(assistant.lite(), 403, "no")

@@ -214,8 +214,9 @@ def test_run_that_is_given_up_leaves_nothing(upstream, llm):
 
 def test_generate_cfg_is_sent_along(upstream, llm):
     upstream.script(streams("ok"))
-    said(rock_sdk.RolePlay(llm={**llm, "generate_cfg": {"temperature": 0.1}}))
+    said(rock_sdk.RolePlay([add], {**llm, "generate_cfg": {"temperature": 0.1, "stop": ["END"]}}))
     assert sent(upstream)["temperature"] == 0.1
+    assert sent(upstream)["stop"] == ["END", "Observation:"]
 
 
 def test_refusal_of_the_model_server_is_raised(upstream, llm):
