@@ -97,6 +97,7 @@ MIN_POLL_SECONDS = 0.002
 POLL_FRACTION = 0.02  # a poll waits this share of the time already waited: a turn is delayed by 2 % at most
 HOLD_BYTES = 8 * 1024 * 1024  # of an answer that is held until it is whole, so that it can be asked for once more
 RETRY_AFTER_SECONDS = 600.0  # an upstream that asks for a longer wait than this is not waited for
+MAX_GUESSED_CHARACTERS = 200  # of a word that is compared with those that are known: difflib takes 40 bytes for each
 MIN_SECRET_LENGTH = 12  # shorter ones are words, as "unused", that stand elsewhere too
 PROXY_TIMEOUT_SECONDS = 120.0  # ROCK's default for the proxy type
 TOOL_CALL_SECONDS = 60.0  # after which a tool that hangs is killed
@@ -280,7 +281,7 @@ def did_you_mean(word: str, known: list) -> str:
     """A hint at the nearest of `known`, or what there is."""
     from difflib import get_close_matches
 
-    near = get_close_matches(word, known, 1)
+    near = get_close_matches(word[:MAX_GUESSED_CHARACTERS], known, 1)
     return "; did you mean %r?" % near[0] if near else "; known are %s" % ", ".join(known)
 
 

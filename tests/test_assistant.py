@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import socket
+import tracemalloc
 from unittest import mock
 
 import pytest
@@ -284,6 +285,15 @@ def test_bad_request_is_told_what_is_wrong(assistant, upstream, more, words):
     got = refused(ask(assistant.port, body), 400, words)
     assert got.json()["error"]["type"] == "invalid_request_error"
     assert upstream.seen() == []
+
+
+def test_word_that_is_no_name_is_not_compared_in_all_its_length():
+    tracemalloc.start()
+    try:
+        assert rock_ms.did_you_mean("ab" * 100_000, ["amap_weather"]) == "; known are amap_weather"
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
 
 
 # The model server ---------------------------------------------------------------------------------------------------
