@@ -7244,16 +7244,25 @@ class ModelClients:
         self._logger = logger
         self._lock = threading.Lock()
         self._clients = {}  # by base URL
+        self._vllm = vllm
+        self._own_name = "vllm" if vllm else settings.model_server
         self._own_url = vllm.base_url if vllm else settings.url_of(settings.model_server)
         self._own_key = vllm.api_key if vllm else settings.upstream_api_key
 
     def own(self) -> ModelClient:
-        """Of the model server that the settings name."""
+        """Of the model server that the settings name.  Raises ApiError 503 where that is a vLLM that has ended."""
+        if self._vllm and not self._vllm.is_alive():
+            message = "vLLM has ended; its log says why, and a new start of the assistant begins it again"
+            raise ApiError(503, message, code="model_server_gone")
         return self._at(self._own_url)
+
+    def gauges(self) -> dict:
+        """Numbers for /metrics."""
+        return self._at(self._own_url).gauges()
 
     def named(self, model_server: str | None) -> ModelClient:
         """Of a model server that a request names, or the settings do.  Raises ApiError 400: no others are asked."""
-        if model_server in (None, self._settings.model_server):
+        if model_server in (None, self._own_name):
             return self.own()
         known = {**MODEL_SERVERS, **self._settings.model_servers}
         if model_server not in known:
@@ -7702,7 +7711,7 @@ class AssistantService:
 
     def gauges(self) -> dict:
         """Numbers for /metrics."""
-        return self._clients.own().gauges()
+        return self._clients.gauges()
 
     def start(self) -> None:
         """Nothing has to be read first."""

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import logging
 import os
 import socket
 import tracemalloc
@@ -457,6 +458,44 @@ def test_models_are_those_of_the_model_server_or_the_one_that_is_served(tmp_path
         assert [m["id"] for m in ask(assistant.port, None, "GET", "/v1/models").json()["data"]] == ["Qwen2"]
         assert ask(assistant.port, {"messages": [{"role": "user", "content": "x"}]}).status == 200
     assert sent(upstream)["model"] == "Qwen2"
+
+
+class StartedVLLM:
+    """What a started VLLMServer is to the assistant."""
+
+    base_url, api_key = "http://127.0.0.1:9/v1", "key-of-vllm"
+    is_there = True
+
+    def is_alive(self):
+        return self.is_there
+
+
+@pytest.fixture
+def vllm_clients(tmp_path):
+    """(the model clients of an assistant with vLLM beside it, that vLLM)."""
+    vllm = StartedVLLM()
+    trajectory = rock_ms.AppendFile(str(tmp_path / "traj"))
+    settings = rock_sdk.AssistantSettings(model="path")
+    clients = rock_sdk.ModelClients(settings, trajectory, logging.getLogger("test"), vllm)
+    yield clients, vllm
+    clients.stop()
+    clients.close()
+
+
+def test_vllm_that_was_started_is_what_its_name_and_no_name_mean(vllm_clients):
+    clients, _ = vllm_clients
+    assert clients.named("vllm") is clients.named(None) is clients.own()
+    assert clients.named("dashscope") is not clients.own()
+
+
+def test_vllm_that_has_ended_is_told_at_once(vllm_clients):
+    clients, vllm = vllm_clients
+    vllm.is_there = False
+    for ask_for in (clients.own, lambda: clients.named("vllm")):
+        with pytest.raises(rock_ms.ApiError, match="vLLM has ended") as error:
+            ask_for()
+        assert error.value.status == 503
+    assert clients.gauges()
 
 
 def test_description_and_page_name_every_endpoint(assistant):
