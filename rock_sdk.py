@@ -6588,6 +6588,10 @@ class Model:
         body = {**self.options, "model": self._name, "messages": messages, "stream": True, **more}
         return self._client.ask(body, self._caller)
 
+    def look(self) -> None:
+        """Raise ClientGone where the caller has hung up."""
+        rock_ms.ClientWatch(self._caller.sock).look()
+
 
 class _NoRecord:
     """Where calls are not written down."""
@@ -6962,6 +6966,7 @@ class RolePlay:
                 if self.tool_calls:
                     return
                 for call, made in zip(said.calls, calls):
+                    model.look()
                     observation = self._observation(call, kwargs)
                     yield "\nObservation: <result>%s</result>" % observation
                     shown = observation[:MAX_OBSERVATION_CHARACTERS]

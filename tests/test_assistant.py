@@ -612,6 +612,26 @@ def test_own_tools_run_in_processes_of_their_own(tmp_path, upstream):
     assert "Observation: <result>the tool leave failed" in text and text.endswith("Answer:It failed.")
 
 
+def test_no_further_tool_is_called_for_a_client_that_has_hung_up(tmp_path, upstream):
+    (tmp_path / "tools").mkdir()
+    calls, go = tmp_path / "calls", tmp_path / "go"
+    (tmp_path / "tools" / "hold.py").write_text(
+        "import os, time\n\ndef hold() -> str:\n    'Hold.'\n"
+        "    with open(%r, 'a') as file:\n        file.write('called\\n')\n"
+        "    while not os.path.exists(%r):\n        time.sleep(0.01)\n    return 'held'\n" % (str(calls), str(go))
+    )
+    upstream.script(streams("Action: hold\nAction Input: {}\n" * 2))
+    with assisting(tmp_path, upstream, tool_dir=str(tmp_path / "tools")) as assistant:
+        body = {"messages": [{"role": "user", "content": "x"}], "llm_config": {"model": "m"}}
+        body["agent_config"] = {"tools": ["hold"]}
+        with contextlib.closing(_connection(assistant)) as connection:
+            connection.request("POST", "/v1/assistants/lite", json.dumps(body), {"Content-Type": "application/json"})
+            wait_until(calls.exists)
+        go.touch()
+        wait_until(lambda: any(" 499 " in line for line in assistant.logged))
+    assert calls.read_text() == "called\n"
+
+
 def test_own_tools_do_not_see_the_keys_of_our_servers(tmp_path, upstream, monkeypatch):
     for name in ("ASSISTANT_API_KEY", "ASSISTANT_UPSTREAM_API_KEY", "TOOL_MANAGER_AUTH"):
         monkeypatch.setenv(name, "key-of-a-server")
