@@ -7569,6 +7569,7 @@ class WorkerTools:
         self._logger = logger
         self._lock = threading.Lock()
         self._tools = {}  # by name
+        self._beginnings = {}  # by name: a lock, for as long as a tool takes to load
         self._is_closed = False
 
     def names(self) -> list:
@@ -7585,11 +7586,31 @@ class WorkerTools:
                 400, "there is no tool %s here%s" % (rock_ms.dump_json(name), rock_ms.did_you_mean(name, names))
             )
         with self._lock:
-            if self._is_closed:
-                raise ApiError(503, "the assistant is stopping", code="service_stopping")
-            if name not in self._tools:
-                self._tools[name] = self._begun(name)
-            return self._tools[name]
+            beginning = self._beginnings.setdefault(name, threading.Lock())
+        with beginning:
+            tool = self._known(name)
+            if tool is None:
+                tool = self._begun(name)
+                self._keep(name, tool)
+            return tool
+
+    def _known(self, name):
+        with self._lock:
+            self._check_open()
+            return self._tools.get(name)
+
+    def _keep(self, name, tool):
+        try:
+            with self._lock:
+                self._check_open()
+                self._tools[name] = tool
+        except ApiError:
+            tool.close()
+            raise
+
+    def _check_open(self):
+        if self._is_closed:
+            raise ApiError(503, "the assistant is stopping", code="service_stopping")
 
     def _begun(self, name):
         path = os.path.join(self._settings.tool_dir or "", name + ".py")

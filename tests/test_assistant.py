@@ -632,6 +632,22 @@ def test_no_further_tool_is_called_for_a_client_that_has_hung_up(tmp_path, upstr
     assert calls.read_text() == "called\n"
 
 
+def test_tool_that_takes_long_to_load_holds_up_no_other(tmp_path, upstream):
+    (tmp_path / "tools").mkdir()
+    loading, go = tmp_path / "loading", tmp_path / "go"
+    (tmp_path / "tools" / "slow.py").write_text(
+        "import os, time\nopen(%r, 'w').close()\nwhile not os.path.exists(%r):\n    time.sleep(0.01)\n\n\n"
+        "def slow() -> str:\n    'Slow.'\n    return 'slow'\n" % (str(loading), str(go))
+    )
+    upstream.script(streams("first"), streams("second"))
+    with assisting(tmp_path, upstream, tool_dir=str(tmp_path / "tools")) as assistant:
+        call = Later(lambda: assistant.response(agent_config={"tools": ["slow"]}))
+        wait_until(loading.exists)
+        assert assistant.response(agent_config={"tools": ["RenewInstance"]}) == "first"
+        go.touch()
+        assert call.result() == "second"
+
+
 def test_own_tools_do_not_see_the_keys_of_our_servers(tmp_path, upstream, monkeypatch):
     for name in ("ASSISTANT_API_KEY", "ASSISTANT_UPSTREAM_API_KEY", "TOOL_MANAGER_AUTH"):
         monkeypatch.setenv(name, "key-of-a-server")
