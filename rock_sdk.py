@@ -7022,21 +7022,22 @@ class RolePlay:
         return isinstance(call, FunctionCall) and self._tools.get(call.name, call) is None
 
     def _observation(self, call, kwargs):
-        """What comes of a call, as a text."""
+        """What comes of a call, as a text, without the keys that the tools were handed: it goes to the model."""
         if call.name and call.name not in self._tools:
             name = call.name[:MAX_NAME_CHARACTERS]
             return "there is no tool %s%s" % (name, rock_ms.did_you_mean(name, list(self._tools)))
         if isinstance(call, BadCall):
             return call.reason
+        secrets = rock_ms.Secrets(rock_ms.secrets_in(kwargs))
         try:
             value = self._tools[call.name].call(call.arguments, **kwargs)
-            return value if isinstance(value, str) else rock_ms.dump_json(value)
+            return secrets.hide(value if isinstance(value, str) else rock_ms.dump_json(value))
         except rock_ms.ClientGone:
             raise
         except Exception as error:
-            logger.warning("the tool %s failed: %r", call.name, error)
+            logger.warning("the tool %s failed: %s", call.name, secrets.hide(repr(error)))
             said = str(error) if isinstance(error, (RockError, ValueError)) else rock_ms.raised(error)
-            return "the tool %s failed: %s" % (call.name, rock_ms.shortened(said))
+            return "the tool %s failed: %s" % (call.name, rock_ms.shortened(secrets.hide(said)))
 
 
 def _native_call(call):

@@ -109,6 +109,26 @@ def test_action_whose_name_can_be_none_is_an_observation_too(upstream, llm, name
     assert "there is no tool" in results(upstream)
 
 
+class Telling:
+    """Tells the key that it was handed, in its answer or in its error."""
+
+    name, description, parameters = "tell", "tells", [{"name": "is_error", "type": "boolean", "required": True}]
+
+    def call(self, params, **kwargs):
+        text = "asked with %s" % kwargs["dashscope_api_key"]
+        if json.loads(params)["is_error"]:
+            raise OSError(text)
+        return text
+
+
+@pytest.mark.parametrize("is_error", ["true", "false"])
+def test_key_that_a_tool_was_handed_reaches_neither_the_model_nor_a_log(upstream, llm, caplog, is_error):
+    upstream.script(streams('Action: tell\nAction Input: {"is_error": %s}' % is_error), streams("ok"))
+    whole = said(rock_sdk.RolePlay([Telling], llm), dashscope_api_key="sk-handed-to-the-tools")
+    assert "asked with [key]" in whole and "asked with [key]" in results(upstream)
+    assert "sk-handed" not in whole + caplog.text + json.dumps(sent(upstream))
+
+
 def test_calls_in_a_row_are_all_made_and_told_in_order(upstream, llm):
     text = 'Action: add\nAction Input: {"a": 1}\nAction: add\nAction Input: {"a": 2}\n'
     upstream.script(streams(text), streams("2 and 3"))
