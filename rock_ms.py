@@ -7023,17 +7023,18 @@ class _ClientsCall:
 class ToolNode:
     """The endpoints of a tool node.
 
-    settings: ServiceSettings.  logger: as from `logging`.
+    settings: ServiceSettings.  logger: as from `logging`.  environ: of the tool, beside its tool_env; by default ours.
     """
 
-    def __init__(self, settings: ServiceSettings, logger):
+    def __init__(self, settings: ServiceSettings, logger, environ: dict | None = None):
         self._settings = settings
         self._logger = logger
         path = settings.tool_file and os.path.abspath(settings.tool_file)
         seconds = None if settings.wait_limit == float("inf") else settings.wait_limit
         spec = {"tool": settings.tool, "tool_file": path, "tool_cfg": settings.tool_cfg, "seconds": seconds}
         ours = {spec.metadata["env"] for spec in fields(ServiceSettings)}
-        environ = {name: value for name, value in os.environ.items() if name not in ours}
+        environ = os.environ if environ is None else environ
+        environ = {name: value for name, value in environ.items() if name not in ours}
         self._pool = WorkerPool(lambda: ToolWorker(spec, {**environ, **settings.tool_env}), settings.tool_workers)
         self._keys = secrets_in(settings.tool_cfg) + secrets_in({"keys": list(settings.tool_env.values())})
         self._info = {}

@@ -4627,7 +4627,9 @@ def _as_cpus(value):
 class ManagerSettings:
     """What the tool manager can be told.  Precedence: command line, environment, config file, default."""
 
-    type: str = setting("tool-manager", rock_ms.one_of(*SERVER_TYPES), "which server: tool-manager", flag="--type")
+    type: str = setting(
+        "tool-manager", rock_ms.one_of(*SERVER_TYPES), "which server: tool-manager or assistant", flag="--type"
+    )
     runtime: str = setting(
         "docker",
         rock_ms.one_of("docker", "process"),
@@ -6435,13 +6437,17 @@ class ModelAnswer:
 
     def _refusal(self):
         said = b"".join(self._pieces()).decode("utf-8", "replace")
-        message = said
+        message, code = said, None
         with contextlib.suppress(ValueError):
-            message = rock_ms.error_message(rock_ms.parse_json(said)) or said
+            value = rock_ms.parse_json(said)
+            message = rock_ms.error_message(value) or said
+            error = value.get("error") if isinstance(value, dict) else None
+            code = error.get("code") if isinstance(error, dict) else None
+        code = self._secrets.hide(code) if isinstance(code, str) else "model_server_error"
         message = rock_ms.shortened(self._secrets.hide(message)) or "nothing"
         message = "the model server answered %d: %s" % (self._reply.status, message)
         kept = [field for field in self._reply.headers if field[0].lower() in ("retry-after", "x-should-retry")]
-        return ApiError(self._reply.status, message, code="model_server_error", headers=kept)
+        return ApiError(self._reply.status, message, code=code, headers=kept)
 
     def _error(self, said):
         said = rock_ms.shortened(self._secrets.hide(said))
@@ -6809,9 +6815,10 @@ class VLLMServer:
 # Agent loop: asks a model, calls the tools that it asks for, and goes on until it has answered.
 #
 #   A turn       is one answer of the model.  Its text is passed on as it comes.  If it has actions, their tools are
-#                called, what comes of them is passed on as `Observation: <result>…</result>` lines and `Answer:`, and
-#                the next turn begins.  A tool that fails, an unknown one, or input that is no JSON is an observation,
-#                too: the model may do better.  In the last turn there are no tools, so that there is an answer.
+#                called, what comes of them is passed on as `Observation: <result>…</result>` lines, and the next turn
+#                begins, as `Answer:`, unless it begins with an action.  A tool that fails, an unknown one, or input
+#                that is no JSON is an observation, too: the model may do better.  In the last turn there are no tools,
+#                so that there is an answer.
 #   The caller's tools are those that only it has.  An action with one of them ends the run: `tool_calls` has them.
 # ======================================================================================================================
 
@@ -6875,9 +6882,9 @@ class RolePlay:
     of a tool of the caller's, `{"name", "description", "parameters"}`, also as in a request's `tools`.
     llm: as `opened_model` takes it, or a Model.
     instruction: what the agent is, a text or `{"name", "description", "instruction"}`.
-    use_tool_api: named tools run in the tool manager; then tenant_id, tool_service_manager_url and user_token are used,
-    as in a ToolServiceProxy.
-    max_turns: how many turns may call tools.
+    use_tool_api: named tools run in the tool manager; tenant_id, tool_service_manager_url, user_token: as of a
+    ToolServiceProxy.
+    max_turns: how many turns may call tools.  storage_path, uuid_str: are taken, and change nothing.
 
     functions: what the tools are.  tool_calls: after a run, those of the caller's tools that the model wants called, as
     in a message of OpenAI's.
@@ -6894,7 +6901,10 @@ class RolePlay:
         instruction: str | dict | None = None,
         use_tool_api: bool = False,
         max_turns: int = MAX_TURNS,
-        **kwargs,
+        tenant_id: str = "default",
+        tool_service_manager_url: str | None = None,
+        user_token: str | None = None,
+        uuid_str: str | None = None,
     ):
         if not isinstance(llm, (dict, Model)):
             raise UsageError("llm must say which model, as {'model': 'qwen-max', 'model_server': 'dashscope'}")
@@ -6904,7 +6914,8 @@ class RolePlay:
             instruction = {"name": name, "description": description, **instruction}
         self._instruction = instruction
         self._max_turns = max_turns
-        self._options = kwargs
+        self._manager = {"tenant_id": tenant_id, "user_token": user_token}
+        self._manager["tool_service_manager_url"] = tool_service_manager_url
         self._tools = {}  # by name; None for those of the caller
         functions = []
         for item in function_list or ():
@@ -6928,10 +6939,12 @@ class RolePlay:
             raise UsageError("function_list: a tool is {name: its configuration}, or has a name")
         name, cfg = next(iter(item.items())) if isinstance(item, dict) else (item, {})
         if isinstance(name, str) and use_tool_api:
-            names = ("tenant_id", "tool_service_manager_url", "user_token")
-            given = {key: self._options[key] for key in names if self._options.get(key)}
-            tool = ToolServiceProxy(name, cfg, **given)
+            tool = ToolServiceProxy(name, cfg, **self._manager)
         elif isinstance(name, str):
+            if name not in rock_ms.BUILT_IN_TOOLS:
+                hint = rock_ms.did_you_mean(name, list(rock_ms.BUILT_IN_TOOLS))
+                message = "function_list: there is no built-in tool %r%s; of one of your own give its function or class"
+                raise UsageError(message % (name[:MAX_NAME_CHARACTERS], hint))
             tool = LocalTool(rock_ms.load_tool(name, None, cfg or {}))
         elif callable(item):
             tool = LocalTool(rock_ms.tool_of(item, getattr(item, "__name__", "?"), {}))
@@ -6953,11 +6966,14 @@ class RolePlay:
         self.tool_calls = []
         messages = [*(history or ()), *([] if query is None else [{"role": "user", "content": query}])]
         check_messages(messages)
+        if not messages:
+            raise ValueError("there is nothing to answer: give a query, or a history that ends with one")
         language = lang or language_of(messages)
         messages = self._opening(messages, ref_doc, language)
         with contextlib.nullcontext(self._llm) if isinstance(self._llm, Model) else opened_model(self._llm) as model:
             for left in range(self._max_turns, -1, -1):
-                said = yield from self._turn(model, messages, language, tool_choice if left else "none")
+                is_later, choice = left < self._max_turns, tool_choice if left else "none"
+                said = yield from self._turn(model, messages, language, choice, is_later)
                 if not said.calls or not left:
                     return
                 calls = [tool_call(call) for call in said.calls]
@@ -6971,7 +6987,6 @@ class RolePlay:
                     yield "\nObservation: <result>%s</result>" % observation
                     shown = observation[:MAX_OBSERVATION_CHARACTERS]
                     messages.append({"role": "tool", "tool_call_id": made["id"], "content": shown})
-                yield "\nAnswer:"
                 tool_choice = "auto"
 
     def _opening(self, messages, ref_doc, language):
@@ -6985,11 +7000,10 @@ class RolePlay:
         system = "\n\n".join(filter(None, parts))
         return [{"role": "system", "content": system}, *messages] if system else messages
 
-    def _turn(self, model, messages, language, choice):
+    def _turn(self, model, messages, language, choice, is_later):
         """Pass on what the model says; an AgentTurn."""
-        is_later = bool(messages) and messages[-1]["role"] == "tool"
         if model.tool_calling == "native":
-            said = yield from self._native_turn(model, messages, choice)
+            said = yield from self._native_turn(model, messages, choice, is_later)
             return said
         functions = self.functions if choice != "none" else []
         prompted = prompted_messages(messages, self.functions, choice, True, language)
@@ -6997,26 +7011,16 @@ class RolePlay:
         calls = []
         stop = {"stop": _with_stop(model.options.get("stop"))} if functions else {}
         with contextlib.closing(model.ask(prompted, **stop)) as answer:
-            for event in _without_label(_events(answer, parser), is_later):
-                if not isinstance(event, str):
-                    calls.append(event)
-                    event = event.raw
-                yield event
+            yield from _shown(_events(answer, parser), is_later, calls)
         return AgentTurn(parser.content, tuple(calls))
 
-    def _native_turn(self, model, messages, choice):
+    def _native_turn(self, model, messages, choice, is_later):
         tools = [native_tool(function) for function in self.functions]
         fields = {"tools": tools, "tool_choice": native_choice(choice)} if tools else {}
+        calls = []
         with contextlib.closing(model.ask(messages, **fields)) as answer:
-            for chunk in answer.chunks():
-                yield from _texts_of(chunk)
-        message = (answer.completion.get("choices") or [{}])[0].get("message") or {}
-        if not _are_calls(message):
-            raise ApiError(502, "the model server's answer has tool_calls that are none", code="model_server_error")
-        calls = [] if choice == "none" else [_native_call(call) for call in message.get("tool_calls") or ()]
-        for call in calls:
-            yield call.raw
-        return AgentTurn(_text_in(message.get("content")), tuple(calls))
+            yield from _shown(_native_events(answer, choice != "none"), is_later, calls)
+        return AgentTurn(_text_in(_message_of(answer).get("content")), tuple(calls))
 
     def _is_for_the_caller(self, call):
         return isinstance(call, FunctionCall) and self._tools.get(call.name, call) is None
@@ -7037,14 +7041,29 @@ class RolePlay:
         except Exception as error:
             logger.warning("the tool %s failed: %s", call.name, secrets.hide(repr(error)))
             said = str(error) if isinstance(error, (RockError, ValueError)) else rock_ms.raised(error)
-            return "the tool %s failed: %s" % (call.name, rock_ms.shortened(secrets.hide(said)))
+            said = rock_ms.shortened(secrets.hide(said))
+            return said if said.startswith("the tool %s " % call.name) else "the tool %s failed: %s" % (call.name, said)
+
+
+def _message_of(answer):
+    return (answer.completion.get("choices") or [{}])[0].get("message") or {}
+
+
+def _native_events(answer, may_call):
+    """What an ActionParser would make of the answer of a model that calls functions itself."""
+    for chunk in answer.chunks():
+        yield from _texts_of(chunk)
+    message = _message_of(answer)
+    if not _are_calls(message):
+        raise ApiError(502, "the model server's answer has tool_calls that are none", code="model_server_error")
+    yield from [_native_call(call) for call in message.get("tool_calls") or ()] if may_call else ()
 
 
 def _native_call(call):
     function = call.get("function") if isinstance(call.get("function"), dict) else {}
     name, arguments = str(function.get("name")), function.get("arguments") or "{}"
     arguments = arguments if isinstance(arguments, str) else rock_ms.dump_json(arguments)
-    return FunctionCall(name, arguments, "\nAction: %s\nAction Input: %s\n" % (name, arguments))
+    return FunctionCall(name, arguments, "Action: %s\nAction Input: %s" % (name, arguments))
 
 
 def _texts_of(chunk):
@@ -7067,29 +7086,37 @@ def _events(answer, parser):
     yield from parser.end(is_truncated)
 
 
-def _without_label(events, is_later):
-    """The events without the `Answer:` that a model may begin with, where that has been said already."""
-    held, label = "", "answer:"
+def _shown(events, is_later, calls):
+    """Yields a turn as text, and gathers its calls.
+
+    A later turn is the `Answer:` to what was observed, unless it begins with an action.  Some models write that label.
+    """
+    held = "" if is_later else None  # the beginning of a later turn, while it may be the label
+    last = "" if is_later else "\n"  # what was yielded before
     for event in events:
-        if not is_later or not isinstance(event, str):
-            if held:
-                yield held
-            is_later, held = False, ""
-            yield event
-            continue
-        held += event
-        begun = held.lstrip().lower().replace("\uff1a", ":")
-        if begun.startswith(label):
-            held = held.lstrip()[len(label) :]
-            is_later = False
-        elif not label.startswith(begun):
-            is_later = False
-        if not is_later:
-            if held:
-                yield held
-            held = ""
-    if held:
-        yield held
+        if not isinstance(event, str):
+            calls.append(event)
+            if held and held.strip():
+                last = "\nAnswer:" + held
+                yield last
+            held, event = None, event.raw if last.endswith("\n") else "\n" + event.raw
+        elif held is not None:
+            held += event
+            if "answer:".startswith(_as_label(held)):
+                continue
+            held, event = None, "\nAnswer:" + _without_label(held)
+        last = event
+        yield event
+    if held is not None:
+        yield "\nAnswer:" + _without_label(held)
+
+
+def _as_label(text):
+    return text.lstrip().lower().replace("\uff1a", ":")
+
+
+def _without_label(text):
+    return text.lstrip()[len("answer:") :] if _as_label(text).startswith("answer:") else text
 
 
 # ======================================================================================================================
@@ -7125,7 +7152,9 @@ def _as_words(value):
 class AssistantSettings:
     """What the assistant server can be told.  Precedence: command line, environment, config file, default."""
 
-    type: str = setting("assistant", rock_ms.one_of(*SERVER_TYPES), "which server: assistant", flag="--type")
+    type: str = setting(
+        "assistant", rock_ms.one_of(*SERVER_TYPES), "which server: assistant, whose settings these are", flag="--type"
+    )
     model_server: str = setting(
         "dashscope",
         _as_model_server,
@@ -7134,7 +7163,10 @@ class AssistantSettings:
         "--model-server",
     )
     model_servers: dict = setting(
-        {}, _as_model_servers, "more model servers, or other base URLs for those, by name", flag="--model-servers"
+        {},
+        _as_model_servers,
+        "base URLs of more model servers, or other ones for those, by name, as a JSON object",
+        flag="--model-servers",
     )
     served_model_name: str | None = setting(
         None, rock_ms.as_text, "the model of requests that name none", "SERVED_MODEL_NAME", "--served-model-name"
@@ -7178,6 +7210,12 @@ class AssistantSettings:
         flag="--recording-file",
     )
     tool_dir: str | None = setting(None, _as_directory, "directory of your own tools, NAME.py each", flag="--tool-dir")
+    tool_env: tuple = setting(
+        (),
+        _as_names,
+        "names of the assistant's environment variables that its tools get, too, as A,B",
+        flag="--tool-env",
+    )
     tool_timeout: float = setting(
         60.0, rock_ms.as_seconds, "seconds that a call of a tool may take", flag="--tool-timeout"
     )
@@ -7320,14 +7358,14 @@ class ChatRequest:
         model = body.get("model") or default_model
         if not isinstance(model, str):
             raise ApiError(400, "model must name the model that is to answer", param="model")
-        is_parallel = body.get("parallel_tool_calls")
-        if is_parallel not in (None, True, False):
-            raise ApiError(400, "parallel_tool_calls must be true or false", param="parallel_tool_calls")
+        for name in ("stream", "parallel_tool_calls"):
+            if not isinstance(body.get(name), (bool, type(None))):
+                raise ApiError(400, "%s must be true or false" % name, param=name)
         if not isinstance(body.get("messages"), list) or not body["messages"]:
             raise ApiError(400, "messages must be a list of one message or more", param="messages")
         functions = _functions_asked(body.get("tools"))
         choice = _choice_asked(body.get("tool_choice"), functions)
-        return cls({**body, "model": model}, tuple(functions), choice, is_parallel is not False)
+        return cls({**body, "model": model}, tuple(functions), choice, body.get("parallel_tool_calls") is not False)
 
     @property
     def is_offering(self) -> bool:
@@ -7515,24 +7553,19 @@ class ChatCall:
             yield rock_ms.sse_event(chunk)
 
 
-def _key_variables():
-    """The environment variables with the keys of our servers: a tool runs what a model and its users come up with."""
-    ours = [spec.metadata for kind in (AssistantSettings, ManagerSettings) for spec in fields(kind)]
-    return [one["env"] for one in ours if one["secret"] and one["env"]]
-
-
 class WorkerTool:
     """A tool of the assistant's own, in processes of its own, as in a tool node.  Raises UsageError.
 
-    path: of its file; None for a built-in one.  seconds: that a call may take.
+    path: of its file; None for a built-in one.
     """
 
-    def __init__(self, name: str, path: str | None, seconds: float, logger):
-        withheld = dict.fromkeys(_key_variables(), "")
-        settings = rock_ms.ServiceSettings(
-            type="tool-node", tool=name, tool_file=path, tool_env=withheld, request_timeout=seconds
+    def __init__(self, name: str, path: str | None, settings: AssistantSettings, logger):
+        node_settings = rock_ms.ServiceSettings(
+            type="tool-node", tool=name, tool_file=path, request_timeout=settings.tool_timeout
         )
-        self._node = rock_ms.ToolNode(settings, logger)
+        kept = (*KEPT_VARIABLES, *settings.tool_env)  # a tool runs what a model and its users come up with
+        environ = {name: os.environ[name] for name in kept if name in os.environ}
+        self._node = rock_ms.ToolNode(node_settings, logger, environ)
         try:
             self._node.start()
         except BaseException:
@@ -7617,9 +7650,10 @@ class WorkerTools:
         path = os.path.join(self._settings.tool_dir or "", name + ".py")
         path = path if self._settings.tool_dir and os.path.isfile(path) else None
         try:
-            return WorkerTool(name, path, self._settings.tool_timeout, self._logger)
+            return WorkerTool(name, path, self._settings, self._logger)
         except UsageError as error:
-            raise ApiError(500, str(error)) from None
+            self._logger.error("%s", error)
+            raise ApiError(500, "the tool %s cannot be begun; the assistant's own log says why" % name) from None
 
     def close(self) -> None:
         """End their processes."""
@@ -7633,7 +7667,7 @@ class WorkerTools:
 _TEXT, _FLAG, _OPEN = {"type": "string"}, {"type": "boolean", "default": False}, {"type": "object"}
 _TEXT_OR_NULL = {"type": ["string", "null"]}
 _MESSAGES = {"type": "array", "items": _OPEN, "minItems": 1}
-_UUID = {"type": "string", "pattern": TOOL_NAME.replace(r"\Z", "$"), "default": "test", "description": "whose files"}
+_UUID = {**_NAME, "description": "whose files"}
 _LLM_CONFIG = {
     "type": "object",
     "properties": {
@@ -7643,7 +7677,6 @@ _LLM_CONFIG = {
         "generate_cfg": {"type": ["object", "null"], "description": "more fields of the requests to the model"},
         "generate_config": {"type": ["object", "null"], "description": "the same"},
     },
-    "required": ["model"],
 }
 _AGENT_CONFIG = {
     "type": "object",
@@ -7675,7 +7708,7 @@ _LITE = Endpoint(
     "Ask an agent; other fields are handed to its tools",
     {
         "messages": {**_MESSAGES, "description": "the last one is what is asked"},
-        "llm_config": _LLM_CONFIG,
+        "llm_config": {**_LLM_CONFIG, "default": {}},
         "agent_config": {**_AGENT_CONFIG, "default": {}},
         "uuid_str": _UUID,
         "stream": _FLAG,
@@ -7688,7 +7721,7 @@ _LITE = Endpoint(
         "tenant_id": {**_NAME, "description": "whose tools, in the tool manager"},
         "user_token": {"type": "string", "description": "sent to the tool manager"},
     },
-    ("messages", "llm_config"),
+    ("messages",),
     is_open=True,
 )
 _FILES = Endpoint(
@@ -7696,7 +7729,7 @@ _FILES = Endpoint(
     "/v1/files",
     "Upload files for an agent's knowledge",
     {"uuid_str": _UUID, "files": {"type": "array", "items": {"type": "string", "format": "binary"}}},
-    ("files",),
+    ("uuid_str", "files"),
     media_type="multipart/form-data",
 )
 
@@ -7733,6 +7766,7 @@ class AssistantService:
         return [
             *(rock_ms.Route("POST", endpoint.path, not_for_pages(do), **more) for endpoint, do, more in handlers),
             rock_ms.Route("GET", "/v1/models", self.models),
+            rock_ms.Route("GET", "/v1/models/{name}", self.models),
             *description_routes("Assistant", (_CHAT, _LITE, _FILES)),
         ]
 
@@ -7753,7 +7787,9 @@ class AssistantService:
         self._tools.close()
 
     def models(self, request: rock_ms.Request) -> rock_ms.Reply:
-        """The models that there are."""
+        """The models that there are, or one of them."""
+        if self._settings.served_model_name and request.name:
+            return rock_ms.model_reply(request.name)
         if self._settings.served_model_name:
             return rock_ms.models_reply([self._settings.served_model_name])
         head = replace(request.head, headers=self._caller(request).headers)
@@ -7781,16 +7817,11 @@ class AssistantService:
     def lite(self, request: rock_ms.Request) -> rock_ms.Reply:
         """Run an agent."""
         values = _LITE.fields_of(request)
-        llm = values["llm_config"]
+        llm = {"model": self._settings.served_model_name, **values["llm_config"]}
         more = {name: value for name, value in values.items() if name not in _LITE.takes}
-        for name in ("self", "query", "history", "ref_doc", "params"):
-            if name in more:
-                raise ApiError(400, "a field cannot be called %s" % name, param=name)
+        _check_lite(values, llm, more)
         ref_doc = self._retrieved(values) if values["use_knowledge"] else None
         caller = self._caller(request, _key_given(llm))
-        for number, tool in enumerate(values["tools"]):
-            if _DEFINED_BY.isdisjoint(tool):  # it would be one of ours, made as the client says
-                raise ApiError(400, "tools[%d] must have a name, or a function" % number, param="tools")
         options = llm.get("generate_cfg") or llm.get("generate_config")
         client = self._clients.named(llm.get("model_server"))
         bot = self._agent(values, Model(client, llm["model"], caller, options, self._settings.tool_calling))
@@ -7811,7 +7842,8 @@ class AssistantService:
         except UsageError as error:
             raise ApiError(400, str(error)) from None
         except ToolError as error:
-            raise ApiError(error.status if error.status in (400, 403, 404) else 502, str(error)) from None
+            status = error.status if error.status in (400, 403, 404) else 502
+            raise ApiError(status, "the tool manager at %s: %s" % (self._settings.tool_manager_url, error)) from None
 
     def _own_tool(self, item):
         """A tool of the assistant's by its name; what only has that name is the caller's."""
@@ -7840,7 +7872,9 @@ class AssistantService:
         limits = (self._settings.max_file_bytes, self._settings.max_files)
         kind = request.head.header("content-type") or ""
         with read_upload(kind, request.pieces, self._upload_dir, *limits) as upload:
-            uuid_str = upload.fields.get("uuid_str", "")
+            uuid_str = upload.fields.get("uuid_str")
+            if uuid_str is None:
+                raise ApiError(400, "uuid_str is missing: send it as a field of the form", param="uuid_str")
             if not re.match(TOOL_NAME, uuid_str):
                 raise ApiError(400, NAME_RULE % "uuid_str", param="uuid_str")
             if not upload.files:
@@ -7865,6 +7899,36 @@ class AssistantService:
         except DocumentError as error:
             return str(error)
         return None
+
+
+def _check_lite(values, llm, more):
+    """Refuse, with ApiError 400, what the fields' own schemas cannot.  more: the fields for the tools."""
+    for name in more:
+        _check_for_tools(name)
+    for name in llm:
+        if name not in _LLM_CONFIG["properties"]:
+            message = "llm_config has no %s; what the model server is to get stands in generate_config"
+            raise ApiError(400, message % name[:MAX_NAME_CHARACTERS], param="llm_config")
+    if not isinstance(llm["model"], str):
+        raise ApiError(400, "llm_config.model must name the model that is to answer", param="llm_config")
+    if values["use_knowledge"] and "uuid_str" not in values:
+        raise ApiError(400, "use_knowledge needs uuid_str, which says whose files are meant", param="uuid_str")
+    if values["files"] and not values["use_knowledge"]:
+        raise ApiError(400, "files are for use_knowledge, which is not true", param="files")
+    for number, tool in enumerate(values["tools"]):
+        if _DEFINED_BY.isdisjoint(tool):  # it would be one of ours, made as the client says
+            raise ApiError(400, "tools[%d] must have a name, or a function" % number, param="tools")
+
+
+def _check_for_tools(name):
+    """Refuse, with ApiError 400, a field that is no doubt not meant for the tools."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(name[:MAX_NAME_CHARACTERS], list(_LITE.takes), 1, 0.8)
+    if near:
+        raise ApiError(400, "there is no field %s; did you mean %s?" % (name, near[0]), param=name)
+    if name in ("self", "query", "history", "ref_doc", "params"):
+        raise ApiError(400, "a field cannot be called %s" % name, param=name)
 
 
 def _key_given(llm):
@@ -8079,10 +8143,12 @@ def command_start(args) -> int:
 
 
 def command_stop(args) -> int:
-    """End what `start` began."""
+    """End what `start` began: the server of --type, or else those that run."""
     data_dir = rock_ms.resolve_data_dir(args.data_dir, os.environ)
-    code = rock_ms.stop_service(SERVERS[args.type].state(data_dir), REMOVE_SECONDS)
-    if args.type == "tool-manager":
+    running = [kind for kind in SERVERS.values() if kind.state(data_dir).is_running()]
+    kinds = [SERVERS[args.type]] if args.type else running or [SERVERS[DEFAULT_SERVER]]
+    code = max(rock_ms.stop_service(kind.state(data_dir), REMOVE_SECONDS) for kind in kinds)
+    if SERVERS["tool-manager"] in kinds:
         _complain_of_tools_left(os.path.join(data_dir, REGISTRY_NAME))
     return code
 
@@ -8125,7 +8191,7 @@ def build_parser(prog: str, server_type: str = DEFAULT_SERVER):
     rock_ms.add_settings(start, kind.settings)
     start.set_defaults(kind=kind)
     stop = rock_ms.add_command(commands, "stop", command_stop, "stop a server", {})
-    stop.add_argument("--type", choices=list(SERVERS), default=DEFAULT_SERVER, help="which one")
+    stop.add_argument("--type", choices=list(SERVERS), help="which one; by default those that run")
     return parser
 
 

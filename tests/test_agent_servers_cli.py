@@ -402,4 +402,14 @@ def test_config_file_says_which_server_it_is_for(cli, tmp_path, upstream):
     config = tmp_path / "c.yaml"
     config.write_text("type: assistant\nport: 0\nmodel_server: %s\n" % upstream.url)
     assert cli("start", "--config-file", config, check=0).out.startswith("assistant started: ")
-    assert "assistant stopped" in cli("stop", "--type", "assistant", check=0).out
+    state = rock_sdk.SERVERS["assistant"].state(cli.data_dir).read()
+    assert cli("stop", check=0).out == "assistant stopped (pid %d)\n" % state["pid"]
+
+
+def test_stop_ends_both_servers_that_run(cli, assistant, upstream):
+    cli.start()
+    assistant("--model-server", upstream.url)
+    assert [line.split(" stopped")[0] for line in cli("stop", check=0).out.splitlines()] == [
+        "tool manager",
+        "assistant",
+    ]

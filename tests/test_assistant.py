@@ -13,7 +13,7 @@ import pytest
 
 import rock_ms
 import rock_sdk
-from assistants import ACTION, WEATHER, Assistant, added_up, assisting, letters, says, streams
+from assistants import ACTION, WEATHER, Assistant, added_up, assisting, form, letters, says, streams
 from managers import FakeRuntime, managing
 from support import TIMEOUT, Later, ask, wait_until
 from upstream import answer, delta, sse
@@ -279,6 +279,7 @@ def test_native_tool_calling_passes_tools_through_as_json_schema(tmp_path, upstr
         ),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"parallel_tool_calls": "yes"}, "parallel_tool_calls"),
+        ({"stream": "yes"}, "stream"),
     ],
 )
 def test_bad_request_is_told_what_is_wrong(assistant, upstream, more, words):
@@ -302,10 +303,14 @@ def test_word_that_is_no_name_is_not_compared_in_all_its_length():
 
 def test_refusal_of_the_model_server_is_passed_on(assistant, upstream):
     error = {"error": {"message": "no such key"}}
-    upstream.script(answer(error, 401), answer(error, 429, {"Retry-After": "7"}), answer("<html>", 400))
+    coded = {"error": {"message": "too long", "code": "context_length_exceeded"}}
+    upstream.script(
+        answer(error, 401), answer(error, 429, {"Retry-After": "7"}), answer("<html>", 400), answer(coded, 400)
+    )
     refused(assistant.chat(), 401, "no such key")
     assert refused(assistant.chat(stream=True), 429, "no such key").headers["retry-after"] == "7"
     refused(assistant.chat(), 400, "<html>")
+    assert refused(assistant.chat(), 400, "too long").json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_model_server_is_asked_again_as_the_proxy_does(tmp_path, upstream):
@@ -456,8 +461,11 @@ def test_models_are_those_of_the_model_server_or_the_one_that_is_served(tmp_path
         assert ask(assistant.port, None, "GET", "/v1/models").json() == listed
     with assisting(tmp_path / "b", upstream, served_model_name="Qwen2") as assistant:
         assert [m["id"] for m in ask(assistant.port, None, "GET", "/v1/models").json()["data"]] == ["Qwen2"]
-        assert ask(assistant.port, {"messages": [{"role": "user", "content": "x"}]}).status == 200
-    assert sent(upstream)["model"] == "Qwen2"
+        assert ask(assistant.port, None, "GET", "/v1/models/Qwen2").json()["id"] == "Qwen2"
+        value = {"messages": [{"role": "user", "content": "x"}]}
+        assert ask(assistant.port, value).status == 200
+        assert ask(assistant.port, value, path="/v1/assistants/lite").status == 200
+    assert [sent(upstream, number)["model"] for number in (-2, -1)] == ["Qwen2"] * 2
 
 
 class StartedVLLM:
@@ -587,6 +595,11 @@ def test_agent_that_fails_before_it_says_anything_is_an_error(assistant, upstrea
         ({"files": "QA.txt"}, "files"),
         ({"tool_choice": "always"}, "tool_choice"),
         ({"lang": "fr"}, "lang"),
+        ({"use_knowlege": True}, "did you mean use_knowledge?"),
+        ({"files": ["QA.md"]}, "use_knowledge"),
+        ({"use_knowledge": True, "uuid_str": None}, "uuid_str"),
+        ({"llm_config": {"model": None}}, "llm_config.model"),
+        ({"llm_config": {"temperature": 0.5}}, "generate_config"),
         ({"history": []}, "history"),
         ({"agent_config": {"tools": [{"RenewInstance": {"a": 1}}]}}, "RenewInstance"),
         ({"tools": [{"RenewInstance": {"a": 1}}]}, "tools[0]"),
@@ -648,8 +661,8 @@ def test_tool_that_takes_long_to_load_holds_up_no_other(tmp_path, upstream):
         assert call.result() == "second"
 
 
-def test_own_tools_do_not_see_the_keys_of_our_servers(tmp_path, upstream, monkeypatch):
-    for name in ("ASSISTANT_API_KEY", "ASSISTANT_UPSTREAM_API_KEY", "TOOL_MANAGER_AUTH"):
+def test_own_tools_see_what_they_are_given_of_the_environment(tmp_path, upstream, monkeypatch):
+    for name in ("ASSISTANT_API_KEY", "ASSISTANT_UPSTREAM_API_KEY", "TOOL_MANAGER_AUTH", "SECRET"):
         monkeypatch.setenv(name, "key-of-a-server")
     monkeypatch.setenv("AMAP_TOKEN", "key-of-the-tool")
     (tmp_path / "tools").mkdir()
@@ -657,7 +670,7 @@ def test_own_tools_do_not_see_the_keys_of_our_servers(tmp_path, upstream, monkey
         "import os\n\ndef show() -> str:\n    'Show.'\n    return str(sorted(os.environ.items()))\n"
     )
     upstream.script(streams("Action: show\nAction Input: {}\n"), streams("ok"))
-    with assisting(tmp_path, upstream, tool_dir=str(tmp_path / "tools")) as assistant:
+    with assisting(tmp_path, upstream, tool_dir=str(tmp_path / "tools"), tool_env=("AMAP_TOKEN",)) as assistant:
         text = assistant.response("show", agent_config={"tools": ["show"]})
     assert "key-of-the-tool" in text and "key-of-a-server" not in text
 
@@ -671,7 +684,8 @@ def test_tools_of_the_tool_manager_are_called_through_it(tmp_path, upstream):
         assistant.server.start()
         with contextlib.closing(contextlib.ExitStack()) as ends:
             ends.callback(assistant.server.stop)
-            refused(assistant.lite("renew", **more), 502, "asks for its API key")
+            got = refused(assistant.lite("renew", **more), 502, "asks for its API key")
+            assert got.json()["message"].startswith("the tool manager at %s: " % manager.url)
             with mock.patch.dict(os.environ, TOOL_MANAGER_AUTH="key-of-the-manager"):
                 whole = assistant.response("renew", tenant_id="ann", **more)
         assert "<result>" in whole and whole.endswith("Answer:done")
@@ -728,6 +742,11 @@ def test_equal_file_is_not_stored_twice_and_another_of_its_name_replaces_it(assi
     upstream.script(streams("yellow"))
     assistant.response("What colour are bananas?", use_knowledge=True)
     assert sent(upstream)["messages"][0]["content"].count("Bananas are yellow") == 1
+
+
+def test_upload_without_a_uuid_is_told_so(assistant):
+    body, kind = form({}, {"QA.md": QA})
+    refused(ask(assistant.port, body, path="/v1/files", headers=[("Content-Type", kind)]), 400, "uuid_str is missing")
 
 
 @pytest.mark.parametrize("uuid_str", ["", "../other", "a/b", "x" * 65])

@@ -255,9 +255,10 @@ def test_endpoints_table_of_the_assistant_has_every_route(readme, tmp_path, upst
     section = readme.split("## Function calling")[1].split("\n## ")[0]
     table = section.split("| endpoint | request |")[1].split("\n\n")[0]
     with assisting(tmp_path, upstream) as assistant:
-        for path, methods in assistant.server.http.router._exact.items():
+        router = assistant.server.http.router
+        for path, methods in [*router._exact.items(), *router._named.items()]:
             for method in methods if path not in ("/", "/health", "/metrics") else ():
-                assert "`%s %s`" % (method, path) in table
+                assert "`%s %s" % (method, path) in table
     for name in rock_sdk._LITE.takes:
         assert "`%s`" % name in table
 
@@ -338,11 +339,10 @@ def section_on_the_assistant(readme):
 
 
 @pytest.mark.load
-def test_assistant_runs_as_shown(readme, tmp_path, servers_shell, upstream):
+def test_assistant_runs_as_shown(readme, servers_shell, upstream):
     section = section_on_the_assistant(readme)
     start, chat, lite = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
     shown = json.loads(re.search(r"```json\n(.*?)```", section, re.DOTALL).group(1))
-    (tmp_path / "QA.md").write_text("高德天气API申请：在控制台创建应用。", encoding="utf-8")
     assert "assistant started" in servers_shell(start)
     upstream.script(says(ACTION % "海淀区", model="qwen-max"), streams("在控制台", "创建应用"))
 
@@ -361,7 +361,7 @@ def test_assistant_runs_as_shown(readme, tmp_path, servers_shell, upstream):
     assert '"output":{"response":"在控制台创建应用"}' in said and "assistant stopped" in said
     keys = [dict(request["headers"])["authorization"] for request in upstream.seen()]
     assert keys == ["Bearer sk-of-dashscope"] * 2
-    assert "在控制台创建应用" in upstream.seen()[1]["body"].decode("utf-8")
+    assert "即可获得Key" in upstream.seen()[1]["body"].decode("utf-8")
 
 
 @pytest.mark.load

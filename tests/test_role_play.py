@@ -133,8 +133,18 @@ def test_calls_in_a_row_are_all_made_and_told_in_order(upstream, llm):
     text = 'Action: add\nAction Input: {"a": 1}\nAction: add\nAction Input: {"a": 2}\n'
     upstream.script(streams(text), streams("2 and 3"))
     whole = said(rock_sdk.RolePlay([add], llm))
-    assert whole.index("<result>2</result>") < whole.index("<result>3</result>")
+    observations = "\nObservation: <result>2</result>\nObservation: <result>3</result>"
+    assert whole == text.rstrip() + observations + "\nAnswer:2 and 3"
     assert results(upstream).index("<result>2<") < results(upstream).index("<result>3<")
+
+
+def test_action_after_an_observation_is_no_answer(upstream, llm):
+    call = 'Action: add\nAction Input: {"a": %d}'
+    upstream.script(streams(call % 1), streams("\n" + call % 2), streams("Right. " + call % 3), streams(" 4"))
+    whole = said(rock_sdk.RolePlay([add], llm))
+    observation = "\nObservation: <result>%d</result>"
+    assert whole == call % 1 + observation % 2 + "\n" + call % 2 + observation % 3 + "\nAnswer:Right. " + call % 3
+    assert len(upstream.seen()) == 3
 
 
 def test_turns_are_bounded_and_the_last_one_has_no_tools(upstream, llm):
@@ -200,8 +210,8 @@ def test_model_that_calls_functions_itself_is_asked_to(upstream, llm):
         sse(delta("It is 42."), delta(finish="stop")),
     )
     whole = said(rock_sdk.RolePlay([add], {**llm, "tool_calling": "native"}), "What is 41 + 1?")
-    assert whole == (
-        'Let me see.\nAction: add\nAction Input: {"a": 41}\n\nObservation: <result>42</result>\nAnswer:It is 42.'
+    assert (
+        whole == 'Let me see.\nAction: add\nAction Input: {"a": 41}\nObservation: <result>42</result>\nAnswer:It is 42.'
     )
     assert sent(upstream, 0)["tools"][0]["function"]["name"] == "add"
     assistant, tool = sent(upstream)["messages"][-2:]
@@ -274,6 +284,16 @@ def test_bad_llm_is_refused_when_it_is_used(llm, more, words):
     with pytest.raises(rock_ms.UsageError, match=words) as caught:
         said(rock_sdk.RolePlay(llm={**llm, **more}))
     assert "a\nb" not in str(caught.value)
+
+
+def test_argument_that_an_agent_does_not_take_is_an_error(llm):
+    with pytest.raises(TypeError, match="functions"):
+        rock_sdk.RolePlay(functions=["RenewInstance"], llm=llm)
+
+
+def test_run_of_nothing_is_an_error(llm):
+    with pytest.raises(ValueError, match="nothing to answer"):
+        said(rock_sdk.RolePlay(llm=llm), None)
 
 
 def test_malformed_history_is_named(llm):
