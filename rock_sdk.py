@@ -166,6 +166,7 @@ MAX_MODEL_ANSWER_BYTES = 64 * 1024 * 1024  # of one answer of a model
 MAX_STOP_WORDS = 4  # in a request, as OpenAI's API has it
 MAX_CHOICES = 128  # in an answer, as OpenAI's API has it
 MAX_TURNS = 10  # of an agent, as in modelscope-agent
+MAX_CALLS = 32  # in one of them: a model that repeats itself would have its tools called for hours
 MAX_OBSERVATION_CHARACTERS = 8000  # of what a tool answered, for the model
 KNOWLEDGE_LIMIT = 4000  # characters of uploaded files for the model, as in modelscope-agent
 ASSISTANT_TRAJ_NAME = "AssistantTraj.jsonl"
@@ -6865,7 +6866,7 @@ class LocalTool:
 
 @dataclass(frozen=True)
 class AgentTurn:
-    """What a model said in a turn.  calls: FunctionCall and BadCall, in order."""
+    """What a model said in a turn.  calls: FunctionCall and BadCall, in order, the first MAX_CALLS of them."""
 
     content: str
     calls: tuple
@@ -7012,7 +7013,7 @@ class RolePlay:
         stop = {"stop": _with_stop(model.options.get("stop"))} if functions else {}
         with contextlib.closing(model.ask(prompted, **stop)) as answer:
             yield from _shown(_events(answer, parser), is_later, calls)
-        return AgentTurn(parser.content, tuple(calls))
+        return AgentTurn(parser.content, tuple(calls[:MAX_CALLS]))
 
     def _native_turn(self, model, messages, choice, is_later):
         tools = [native_tool(function) for function in self.functions]
@@ -7020,7 +7021,7 @@ class RolePlay:
         calls = []
         with contextlib.closing(model.ask(messages, **fields)) as answer:
             yield from _shown(_native_events(answer, choice != "none"), is_later, calls)
-        return AgentTurn(_text_in(_message_of(answer).get("content")), tuple(calls))
+        return AgentTurn(_text_in(_message_of(answer).get("content")), tuple(calls[:MAX_CALLS]))
 
     def _is_for_the_caller(self, call):
         return isinstance(call, FunctionCall) and self._tools.get(call.name, call) is None

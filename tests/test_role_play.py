@@ -147,6 +147,14 @@ def test_action_after_an_observation_is_no_answer(upstream, llm):
     assert len(upstream.seen()) == 3
 
 
+def test_calls_in_a_row_are_bounded_and_the_model_is_told_of_those_that_were_made(upstream, llm):
+    many = rock_sdk.MAX_CALLS + 3
+    upstream.script(streams('Action: add\nAction Input: {"a": 1}\n' * many), streams("done"))
+    assert said(rock_sdk.RolePlay([add], llm)).count("<result>2</result>") == rock_sdk.MAX_CALLS
+    *_, assistant, told = sent(upstream)["messages"]
+    assert assistant["content"].count("Action: add") == told["content"].count("<result>2</result>") == many - 3
+
+
 def test_turns_are_bounded_and_the_last_one_has_no_tools(upstream, llm):
     call = 'Action: add\nAction Input: {"a": 1}'
     upstream.script(*[streams(call)] * 3)
