@@ -7984,6 +7984,19 @@ def _streamed(pieces):
     return rock_ms.Reply(200, b"", "text/plain; charset=utf-8", pieces=texts(), done=lambda _: pieces.close())
 
 
+def _check_port(host, port):
+    """Raise RockError where it is not free."""
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        with socket.socket(addresses[0][0]) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(addresses[0][4])
+            sock.listen(1)
+    except OSError as error:
+        message = "cannot listen on %s:%d: %s; give another --host or --port"
+        raise RockError(message % (host, port, _reason(error))) from None
+
+
 class AssistantServer(rock_ms.Server):
     """The assistant with its HTTP server, its files in `data_dir`, and vLLM where it is asked for.  Raises RockError.
 
@@ -8003,6 +8016,7 @@ class AssistantServer(rock_ms.Server):
         knowledge = KnowledgeBase(os.path.join(knowledge_dir, "files"))
         try:
             if settings.model:
+                _check_port(settings.host, settings.port)  # or it would be noticed after minutes of loading
                 words = (settings.served_model_name, list(settings.vllm_args), os.path.join(data_dir, "vllm.log"))
                 self._vllm = VLLMServer(settings.model, *words)
                 self._vllm.start(say, is_unwanted)

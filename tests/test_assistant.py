@@ -468,6 +468,14 @@ def test_models_are_those_of_the_model_server_or_the_one_that_is_served(tmp_path
     assert [sent(upstream, number)["model"] for number in (-2, -1)] == ["Qwen2"] * 2
 
 
+def test_port_that_is_taken_is_told_before_vllm_is_begun(tmp_path, upstream):
+    with contextlib.closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen(1)
+        with pytest.raises(rock_ms.RockError, match="cannot listen on 127.0.0.1"):
+            Assistant(tmp_path, upstream, model="path", port=taken.getsockname()[1])
+
+
 class StartedVLLM:
     """What a started VLLMServer is to the assistant."""
 
