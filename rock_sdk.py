@@ -7390,12 +7390,20 @@ class ChatRequest:
 
     def native(self) -> dict:
         """The request to a model that can."""
-        tools = {"tools": [native_tool(function) for function in self.functions]} if self.functions else {}
-        return {**self.body, **tools}
+        tools = list(map(_native_as_given, self.body.get("tools") or (), self.functions))
+        return {**self.body, **({"tools": tools} if tools else {})}
 
     def parser(self) -> ActionParser:
         """What reads one choice of the answer."""
         return ActionParser(self.offered, self.is_parallel, self.choice)
+
+
+def _native_as_given(tool, function):
+    """A tool of a request for a model that can call it: with what else the request says of it, as strict."""
+    said = native_tool(function)
+    if "function" not in tool:
+        return said
+    return {**tool, **said, "function": {**tool["function"], **said["function"]}}
 
 
 def _functions_asked(tools):

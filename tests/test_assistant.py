@@ -260,6 +260,16 @@ def test_native_tool_calling_passes_tools_through_as_json_schema(tmp_path, upstr
         assert added_up(assistant.chat_stream(tools=[WEATHER])) == ("hi", [], "stop")
 
 
+def test_what_else_is_said_of_a_tool_reaches_a_native_model(tmp_path, upstream):
+    upstream.script(says("hi"))
+    tool = {"type": "function", "cached": True, "function": {"name": "now", "description": "the time", "strict": True}}
+    with assisting(tmp_path, upstream, tool_calling="native") as assistant:
+        assert assistant.chat(tools=[tool]).status == 200
+    (asked,) = sent(upstream)["tools"]
+    assert asked["cached"] is True and asked["function"]["strict"] is True
+    assert asked["function"]["parameters"]["type"] == "object"
+
+
 @pytest.mark.parametrize(
     "more, words",
     [
