@@ -6127,7 +6127,6 @@ def retrieved_text(passages: list, limit: int) -> str:
 # ======================================================================================================================
 
 _BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]\Z")
-_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
 _PARAMETER = re.compile(r"""[ \t]*;[ \t]*([!#$%&'*+.^_`|~0-9A-Za-z-]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s";]+))""")
 _EXTENDED = re.compile(r"utf-8'[A-Za-z0-9-]*'((?:[!#$&+.^_`|~0-9A-Za-z-]|%[0-9A-Fa-f]{2})*)\Z", re.IGNORECASE)
 _ESCAPED = re.compile("%(?:22|0[AD])", re.IGNORECASE)
@@ -7012,7 +7011,7 @@ class RolePlay:
         calls = []
         stop = {"stop": _with_stop(model.options.get("stop"))} if functions else {}
         with contextlib.closing(model.ask(prompted, **stop)) as answer:
-            yield from _shown(_events(answer, parser), is_later, calls)
+            yield from _turn_text(_events(answer, parser), is_later, calls)
         return AgentTurn(parser.content, tuple(calls[:MAX_CALLS]))
 
     def _native_turn(self, model, messages, choice, is_later):
@@ -7020,7 +7019,7 @@ class RolePlay:
         fields = {"tools": tools, "tool_choice": native_choice(choice)} if tools else {}
         calls = []
         with contextlib.closing(model.ask(messages, **fields)) as answer:
-            yield from _shown(_native_events(answer, choice != "none"), is_later, calls)
+            yield from _turn_text(_native_events(answer, choice != "none"), is_later, calls)
         return AgentTurn(_text_in(_message_of(answer).get("content")), tuple(calls[:MAX_CALLS]))
 
     def _is_for_the_caller(self, call):
@@ -7087,7 +7086,7 @@ def _events(answer, parser):
     yield from parser.end(is_truncated)
 
 
-def _shown(events, is_later, calls):
+def _turn_text(events, is_later, calls):
     """Yields a turn as text, and gathers its calls.
 
     A later turn is the `Answer:` to what was observed, unless it begins with an action.  Some models write that label.
