@@ -5471,10 +5471,11 @@ class ToolServiceProxy:
         deadline, pause = time.monotonic() + timeout, 0.05
         while True:
             output, message = self._ask("/check_tool_service_status")
-            if output["status"] == "running":
+            status = output.get("status") if isinstance(output, dict) else "in no known state"
+            if status == "running":
                 return
-            if output["status"] != "pending":
-                raise ToolError("the tool %s is %s: %s" % (self.tool_name, output["status"], message))
+            if status != "pending":
+                raise ToolError("the tool %s is %s: %s" % (self.tool_name, status, message))
             if time.monotonic() > deadline:
                 raise ToolError("the tool %s is still being started after %g s" % (self.tool_name, timeout))
             time.sleep(pause)

@@ -318,6 +318,12 @@ def test_named_tools_run_in_the_tool_manager(upstream, llm, tmp_path):
         assert manager.status("RenewInstance", "ann")[0] == "running"
 
 
+def test_manager_that_makes_no_sense_is_an_error(upstream, llm):
+    upstream.script(answer({"output": None}), answer({"output": None}))
+    with pytest.raises(rock_sdk.ToolError, match="in no known state"):
+        rock_sdk.RolePlay(["RenewInstance"], llm, use_tool_api=True, tool_service_manager_url=upstream.url)
+
+
 def test_tool_that_the_manager_cannot_run_is_an_error(llm, tmp_path):
     runtime = FakeRuntime()
     runtime.failures = [rock_sdk.NodeError("there is no such image")]
