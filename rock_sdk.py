@@ -171,6 +171,7 @@ MAX_OBSERVATION_CHARACTERS = 8000  # of what a tool answered, for the model
 KNOWLEDGE_LIMIT = 4000  # characters of uploaded files for the model, as in modelscope-agent
 ASSISTANT_TRAJ_NAME = "AssistantTraj.jsonl"
 MAX_FILE_BYTES = 100 * 1024 * 1024  # of an uploaded file
+INDEXING_SECONDS = 60.0  # that an upload waits for others to be read
 PARALLEL_INDEXING = 2  # uploads that are read at once: it takes a processor each
 OBSERVATION_LABEL = "Observation:"  # where a model has to stop: what follows is not its to say
 
@@ -6552,7 +6553,10 @@ class ModelClient:
 
     def ask(self, body: dict, caller: Caller) -> ModelAnswer:
         """What comes of a request to /v1/chat/completions.  Raises ApiError, ClientGone, StorageError."""
-        data = rock_ms.dump_json(body).encode("utf-8")
+        try:
+            data = rock_ms.dump_json(body).encode("utf-8")
+        except RecursionError:
+            raise ApiError(400, "the request is nested too deeply") from None
         headers = (*caller.headers, ("content-type", "application/json"))
         head = rock_ms.RequestHead("POST", "/v1/chat/completions", None, False, headers, len(data))
         keys = [value.rpartition(" ")[2] for name, value in caller.headers if name == "authorization"]
@@ -7133,6 +7137,12 @@ def _of_the_proxy(name):
     return setting(default, meta["parse"], meta["help"].replace("proxy: ", "", 1), flag=meta["flag"])
 
 
+def _as_tenant(value):
+    if not re.match(TOOL_NAME, str(value)):
+        raise ValueError(NAME_RULE % "it")
+    return str(value)
+
+
 def _as_model_server(value):
     if not re.match(r"[a-z][a-z0-9_-]*\Z", str(value)):
         return rock_ms.as_url(value)
@@ -7226,6 +7236,9 @@ class AssistantSettings:
         "the tool manager that runs tools for use_tool_api; TOOL_MANAGER_AUTH has its key",
         "TOOL_MANAGER_SERVICE_URL",
         "--tool-manager-url",
+    )
+    tenant_id: str = setting(
+        "default", _as_tenant, "whose tools it runs in the tool manager, for all its clients", flag="--tenant-id"
     )
     max_turns: int = setting(MAX_TURNS, rock_ms.as_count, "turns in which an agent may call tools", flag="--max-turns")
     knowledge_limit: int = setting(
@@ -7446,9 +7459,14 @@ class ChoiceStream:
         self._count = 0
         self.is_ended = False
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing matters that the model still says."""
+        return self._parser.is_over
+
     def take(self, delta: dict) -> list:
         """The deltas that one of the model's becomes."""
-        others = {name: value for name, value in delta.items() if name not in ("content", "tool_calls")}
+        others = {name: value for name, value in delta.items() if name != "content"}
         deltas = [others] if any(value is not None for value in others.values()) else []
         return deltas + self._deltas(self._parser.feed(_text_in(delta.get("content"))))
 
@@ -7541,8 +7559,9 @@ class ChatCall:
         delta = choice.get("delta") if isinstance(choice.get("delta"), dict) else {}
         for part in stream.take({name: value for name, value in delta.items() if name != "role"}):
             yield self._event(index, part)
-        if isinstance(choice.get("finish_reason"), str):
-            yield from self._end(index, stream, choice["finish_reason"])
+        reason = choice.get("finish_reason")
+        if isinstance(reason, str) or stream.is_over:
+            yield from self._end(index, stream, reason if isinstance(reason, str) else "stop")
 
     def _end(self, index, stream, reason):
         deltas, reason = stream.end(reason)
@@ -7727,8 +7746,7 @@ _LITE = Endpoint(
         "tool_choice": {"default": "auto", "description": "for the first answer of the model"},
         "use_tool_api": {**_FLAG, "description": "run the agent's tools in the tool manager"},
         "lang": {"type": "string", "enum": ["zh", "en"], "description": "by default the language of the messages"},
-        "tenant_id": {**_NAME, "description": "whose tools, in the tool manager"},
-        "user_token": {"type": "string", "description": "sent to the tool manager"},
+        "user_token": {"type": "string", "pattern": "^[!-~]*$", "description": "sent to the tool manager"},
     },
     ("messages",),
     is_open=True,
@@ -7842,8 +7860,8 @@ class AssistantService:
         agent, use_tool_api = values["agent_config"], values["use_tool_api"]
         instruction = agent.get("instruction")
         instruction = instruction if isinstance(instruction, dict) else {**agent, "instruction": instruction}
-        tools = [item if use_tool_api else self._own_tool(item) for item in agent.get("tools") or ()]
-        options = {name: values[name] for name in ("tenant_id", "user_token") if name in values}
+        tools = [self._named_tool(item, use_tool_api) for item in agent.get("tools") or ()]
+        options = {"user_token": values.get("user_token"), "tenant_id": self._settings.tenant_id}
         options.update(use_tool_api=use_tool_api, tool_service_manager_url=self._settings.tool_manager_url)
         options.update(instruction=instruction, max_turns=self._settings.max_turns)
         try:
@@ -7854,11 +7872,13 @@ class AssistantService:
             status = error.status if error.status in (400, 403, 404) else 502
             raise ApiError(status, "the tool manager at %s: %s" % (self._settings.tool_manager_url, error)) from None
 
-    def _own_tool(self, item):
-        """A tool of the assistant's by its name; what only has that name is the caller's."""
+    def _named_tool(self, item, use_tool_api):
+        """A tool of the assistant's, or of the tool manager's, by its name; what only has that name is the caller's."""
         name = item.get("name") if isinstance(item, dict) else item
-        if isinstance(item, dict) and _DEFINED_BY.isdisjoint(item):  # it would be made here, and run in this process
+        if isinstance(item, dict) and _DEFINED_BY.isdisjoint(item):  # a configuration, which others would use, too
             raise ApiError(400, "agent_config.tools: give %s by its name alone" % (", ".join(item) or "a tool"))
+        if use_tool_api:
+            return item
         is_ours = isinstance(item, str) or name in self._tools.names()
         return self._tools.tool(name) if is_ours else item
 
@@ -7888,8 +7908,12 @@ class AssistantService:
                 raise ApiError(400, NAME_RULE % "uuid_str", param="uuid_str")
             if not upload.files:
                 raise ApiError(400, "No valid files: send each as a part `files` with a file name", param="files")
-            with self._indexing:
+            if not self._indexing.acquire(timeout=INDEXING_SECONDS):
+                raise ApiError(503, "other uploads are being read; try again", headers=[("Retry-After", "30")])
+            try:
                 refusals = [self._indexed(uuid_str, file) for file in upload.files]
+            finally:
+                self._indexing.release()
             names = [file.name for file, refusal in zip(upload.files, refusals) if refusal is None]
         message = "; ".join(filter(None, refusals))
         if not names:
@@ -7924,6 +7948,10 @@ def _check_lite(values, llm, more):
         raise ApiError(400, "use_knowledge needs uuid_str, which says whose files are meant", param="uuid_str")
     if values["files"] and not values["use_knowledge"]:
         raise ApiError(400, "files are for use_knowledge, which is not true", param="files")
+    try:
+        check_messages(values["messages"])
+    except ValueError as error:
+        raise ApiError(400, str(error), param="messages") from None
     for number, tool in enumerate(values["tools"]):
         if _DEFINED_BY.isdisjoint(tool):  # it would be one of ours, made as the client says
             raise ApiError(400, "tools[%d] must have a name, or a function" % number, param="tools")
@@ -7960,17 +7988,8 @@ def _last_question(messages):
     return ""
 
 
-@contextlib.contextmanager
-def _run_errors():
-    """A malformed message is the client's error."""
-    try:
-        yield
-    except (ValueError, UsageError) as error:
-        raise ApiError(400, str(error), param="messages") from None
-
-
 def _gathered(pieces, bot):
-    with _run_errors(), contextlib.closing(pieces):
+    with contextlib.closing(pieces):
         response = "".join(pieces)
     calls = {"tool_calls": bot.tool_calls} if bot.tool_calls else {}
     return rock_ms.envelope({"response": response, **calls})
@@ -7978,8 +7997,7 @@ def _gathered(pieces, bot):
 
 def _streamed(pieces):
     """A reply of text as it comes, which begins once there is some: what fails before is an error of its own."""
-    with _run_errors():
-        first = next(pieces, "")
+    first = next(pieces, "")
 
     def texts():
         try:

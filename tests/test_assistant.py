@@ -157,6 +157,25 @@ def _stream_of(connection, **more):
     return connection.getresponse()
 
 
+def test_calls_of_a_stream_do_not_wait_for_what_the_model_makes_up(assistant, upstream):
+    begun = sse(delta(BEIJING + "Observation: "), done=False)[:-1]
+    upstream.script([*begun, {"gate": "go"}, *_rest(delta("sunny"), delta(finish="stop"))])
+    with contextlib.closing(_connection(assistant)) as connection:
+        response = _stream_of(connection, tools=[WEATHER])
+        seen = b""
+        while b'"finish_reason":"tool_calls"' not in seen:
+            seen += response.readline()
+        upstream.open("go")
+        rest = response.read()
+    assert b"sunny" not in rest and rest.endswith(b"data: [DONE]\n\n") and b"finish_reason" not in rest
+
+
+def test_calls_that_the_model_makes_itself_go_through(assistant, upstream):
+    call = {"id": "c", "type": "function", "function": {"name": "amap_weather", "arguments": "{}"}}
+    upstream.script(sse(delta(tool_calls=[{"index": 0, **call}]), delta(finish="tool_calls")))
+    assert added_up(assistant.chat_stream(tools=[WEATHER])) == ("", [("amap_weather", "{}")], "tool_calls")
+
+
 def test_usage_comes_where_it_is_asked_for(assistant, upstream):
     usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
     last = {**delta(finish="stop"), "usage": usage}
@@ -605,6 +624,10 @@ def test_agent_that_fails_before_it_says_anything_is_an_error(assistant, upstrea
         ({"llm_config": {"api_key": "a\nb"}}, "api_key"),
         ({"agent_config": {"tools": ["RenewInstanc"]}}, "did you mean 'RenewInstance'"),
         ({"agent_config": {"tools": ["../etc/passwd"]}}, "there is no tool"),
+        ({"agent_config": {"tools": [{"image_gen": {"api_key": "x"}}]}, "use_tool_api": True}, "by its name alone"),
+        ({"user_token": "a\nb", "use_tool_api": True}, "user_token"),
+        ({"messages": [{"role": "user", "content": "a"}, 3]}, "messages"),
+        ({"messages": [{"role": "tool", "content": 3}]}, "messages[0]"),
         ({"agent_config": {"tools": [{"description": "nameless"}]}}, "function_list"),
         ({"messages": []}, "messages"),
         ({"messages": [{"content": "hi"}]}, "messages[0]"),
@@ -698,14 +721,14 @@ def test_tools_of_the_tool_manager_are_called_through_it(tmp_path, upstream):
     upstream.script(streams(text), streams("done"), streams(text), streams("done"))
     more = {"agent_config": {"tools": ["RenewInstance"]}, "use_tool_api": True}
     with managing(tmp_path / "manager", FakeRuntime(), api_key="key-of-the-manager") as manager:
-        assistant = Assistant(tmp_path / "data", upstream, tool_manager_url=manager.url)
+        assistant = Assistant(tmp_path / "data", upstream, tool_manager_url=manager.url, tenant_id="ann")
         assistant.server.start()
         with contextlib.closing(contextlib.ExitStack()) as ends:
             ends.callback(assistant.server.stop)
             got = refused(assistant.lite("renew", **more), 502, "asks for its API key")
             assert got.json()["message"].startswith("the tool manager at %s: " % manager.url)
             with mock.patch.dict(os.environ, TOOL_MANAGER_AUTH="key-of-the-manager"):
-                whole = assistant.response("renew", tenant_id="ann", **more)
+                whole = assistant.response("renew", **more)
         assert "<result>" in whole and whole.endswith("Answer:done")
         assert manager.node("RenewInstance", "ann").status == "running"
 
@@ -782,6 +805,17 @@ def test_upload_beyond_its_limits_is_refused_and_leaves_nothing(tmp_path, upstre
         got = assistant.upload(c_txt=b"gamma", d_txt=b"delta").json()
         assert got["output"]["files"] == ["c.txt"] and "d.txt" in got["message"]
         assert os.listdir(os.path.join(assistant.data_dir, "knowledge", "uploads")) == []
+
+
+def test_upload_that_waits_too_long_for_others_is_told_to_come_again(assistant, monkeypatch):
+    monkeypatch.setattr(rock_sdk, "INDEXING_SECONDS", 0.01)
+    indexing = assistant.server.service._indexing
+    for _ in range(rock_sdk.PARALLEL_INDEXING):
+        indexing.acquire()
+    refused(assistant.upload(QA_md=QA), 503, "try again")
+    indexing.release()
+    assert [assistant.upload(QA_md=QA).status for _ in range(2)] == [200, 200]
+    indexing.release()
 
 
 def test_gigabyte_is_refused_before_it_is_sent(assistant):
