@@ -446,6 +446,7 @@ LONG = [
 LONG += ["Action: now Action Input: {}", '"', "Observation", "\\", "```\n", "Action: now\nAction Input: ["]
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("unit", LONG)
 def test_no_long_answer_is_too_much(unit):
     for start in ("", ASK, ASK + '{"a": "'):

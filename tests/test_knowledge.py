@@ -222,6 +222,7 @@ def test_pdf_without_a_reader_is_refused_with_what_to_install(tmp_path, monkeypa
     assert "needs pypdf (pip install pypdf), or pdftotext" in refusal(tmp_path, "a.pdf", PDF)
 
 
+@pytest.mark.load
 @pytest.mark.parametrize(
     "body, said",
     [
@@ -294,6 +295,7 @@ def test_small_sections_are_put_together():
     assert len(rock_sdk.chunks_of("# x = 1\n" * 1000)) < 50
 
 
+@pytest.mark.load
 @pytest.mark.parametrize(
     "text",
     ["\n" * 300000, ". " * 300000, "# x\n" * 50000, "=\n" * 300000, "'\"." * 100000, "x=\n===" * 9999],

@@ -836,7 +836,6 @@ def test_an_answer_to_a_request_that_has_not_come_is_an_error(place, size):
     assert answer_files_in(place.sandbox) == []
 
 
-@pytest.mark.everywhere
 @pytest.mark.parametrize("size", [100, 40000], ids=["inline", "by file"])
 def test_when_no_request_comes_in_time_that_is_said_and_the_answer_has_been_taken(place, size):
     async def scenario():
@@ -1336,7 +1335,6 @@ def test_a_turn_that_is_cancelled_while_its_answer_is_uploaded_leaves_no_file(tm
     run(scenario())
 
 
-@pytest.mark.everywhere
 @pytest.mark.parametrize("size", [100, 40000], ids=["inline", "by file"])
 def test_a_turn_that_is_cancelled_in_its_wait_leaves_nothing_and_can_be_repeated(place, size):
     async def scenario():

@@ -1299,6 +1299,7 @@ def nested(depth, key):
     return value
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("depth", [200, 5000, 100_000])
 @pytest.mark.parametrize("key", ["items", "properties", "x-deep", None])
 def test_what_is_nested_too_deeply_does_not_register_and_is_not_sent(depth, key):

@@ -178,6 +178,7 @@ def test_start_imports_nothing_from_the_working_directory(cli, tmp_path, upstrea
     assert (got.status, got.json(), sprung.exists()) == (200, {}, False)
 
 
+@pytest.mark.load
 def test_start_does_not_wait_for_a_child_that_reads_nothing(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal\n"
@@ -250,6 +251,7 @@ ENDLESS = [interim_responses, slow_interim_responses, slow_header]
 ENDLESS_SEEN = [slow_interim_responses, slow_header]
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("serve", ENDLESS)
 def test_header_without_end_ends_with_the_timeout(tmp_path, serve):
     with before(tmp_path, serve, request_timeout=0.3) as proxy:
@@ -688,6 +690,7 @@ def test_search_for_a_name_that_fails_at_last_is_502(tmp_path, slow_names):
         assert later.result().status == 502
 
 
+@pytest.mark.load
 def test_upload_may_take_longer_than_the_timeout_if_it_goes_on(tmp_path):
     size, seconds = 16 * 1024 * 1024, []
 

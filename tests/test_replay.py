@@ -807,6 +807,7 @@ def test_overridden_fields_that_are_no_names_are_refused_or_passed_over(tmp_path
         assert recording.count == 1
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("name", ["not JSON", "torn last line", "empty", "missing", "directory"])
 def test_bad_file_ends_start_with_one_clear_line(tmp_path, cli, name):
     path = tmp_path / "bad.jsonl"

@@ -819,7 +819,6 @@ def test_a_policy_may_be_a_coroutine_and_answer_in_text(after):
     assert run(after.run(agent_of_turns("p"), later)).output == "'p': 3 turns were right\n"
 
 
-@pytest.mark.everywhere
 def test_a_trainer_written_for_rock_answers_beside_the_run():
     policy = Policy()
 

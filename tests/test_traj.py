@@ -529,6 +529,7 @@ def large_file(tmp_path_factory):
     os.unlink(str(path))
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("flag", [[], ["--full"], ["--json"]])
 def test_large_file_is_not_held_in_memory(large_file, flag):
     command = [sys.executable, "-c", PEAK, sys.executable, SCRIPT, "traj", str(large_file), *flag]

@@ -14,6 +14,8 @@ import rock_sdk
 from rock_ms import RockError, UsageError
 from support import clean_environ, wait_until
 
+pytestmark = pytest.mark.load
+
 # It says its pids, and waits for a file `ready` where FAKE says so.  On /v1 it tells how it was begun.
 FAKE_SERVER = """
 import http.server, json, os, signal, subprocess, sys
@@ -100,6 +102,7 @@ def started(server, say=None):
     return server
 
 
+@pytest.mark.everywhere
 def test_it_is_begun_with_the_flags_given_and_ends_when_it_is_closed(fake):
     server = started(fake.server(words=["--max-model-len", "4096"]))
     try:
