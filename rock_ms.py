@@ -405,8 +405,8 @@ _FIELD = re.compile(r"(%s):(%s)\Z" % (_TOKEN, _FIELD_VALUE))
 _FIELDS_TO_SEND = re.compile(r"(?:\r\n%s: %s)*\Z" % (_TOKEN, _FIELD_VALUE))
 _METHOD = re.compile(_TOKEN.encode() + rb"\Z")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t \x21-\x7e\x80-\xff]*)?\Z")
-_TARGET = re.compile(rb"[\x21-\x7e]+\Z")
-_HOST = re.compile(r"[\w.~!$&'()*+,;=%:\[\]-]*\Z", re.ASCII)
+_TARGET = re.compile(rb"[\x21\x22\x24-\x7e]+\Z")  # no "#": a fragment is the client's own
+_HOST = re.compile(r"(?:\[[\w.~!$&'()*+,;=%:-]+\]|(?:[\w.~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)(?::[0-9]*)?\Z", re.ASCII)
 _LONE_LF = re.compile(rb"(?<!\r)\n")
 _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n)")
 _VERSION = re.compile(rb"HTTP/([0-9])\.([0-9])\Z")
@@ -481,7 +481,10 @@ def _parse_request_line(line):
 def _split_target(target):
     path, mark, query = target.partition("?")
     if path.lower().startswith(("http://", "https://")):
-        path = "/" + path.split("//", 1)[1].partition("/")[2]
+        authority, _, path = path.split("//", 1)[1].partition("/")
+        if authority[:1] in ("", ":") or not _HOST.match(authority):
+            raise ProtocolError(400, "the request target names no host, or more than a host and a port")
+        path = "/" + path
     if not path.startswith("/") and path != "*":
         raise ProtocolError(400, "the request target is neither a path nor an http URL")
     return path, query if mark else None
