@@ -526,7 +526,9 @@ def _parse_framing(headers, is_http10):
     if codings and is_http10:
         raise ProtocolError(400, "Transfer-Encoding in an HTTP/1.0 request")
     if codings and [coding.lower() for coding in codings] != ["chunked"]:
-        raise ProtocolError(501, "the only transfer coding understood is 'chunked', got %r" % ", ".join(codings))
+        # Where "chunked" is not the last, the request has no end that could be found, whoever understands the others.
+        status = 501 if _tokens(headers, "transfer-encoding")[-1] == "chunked" else 400
+        raise ProtocolError(status, "the only transfer coding understood is 'chunked', got %r" % ", ".join(codings))
     expectations = _tokens(headers, "expect")
     if expectations and (expectations != ["100-continue"]):
         raise ProtocolError(417, "the only expectation understood is '100-continue'")
