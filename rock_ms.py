@@ -5606,17 +5606,26 @@ class ProxyCall:
 
     def _reply(self, held):
         response, head = self._response, self._response.head
-        headers = end_to_end(head.headers)
+        headers = [(name, value) for name, value in end_to_end(head.headers) if name.lower() != "content-length"]
         is_head = self._request.head.method == "HEAD"
-        if not is_head and head.status != 304:
-            headers = [(name, value) for name, value in headers if name.lower() != "content-length"]
-        elif is_head and head.header("transfer-encoding"):
-            headers.append(("Transfer-Encoding", "chunked"))
+        if is_head or head.status == 304:
+            headers += self._unsent_framing(is_head)
         common = {"content_type": None, "headers": tuple(headers), "done": self._close, "note": self._note}
         if response.is_done:
             self._record(head.status)
             return Reply(head.status, None if is_head else b"".join(held), **common)
         return Reply(head.status, pieces=self._pieces(held), length=head.content_length, **common)
+
+    def _unsent_framing(self, is_head):
+        """The header fields that say how long a body would be that is not sent."""
+        head = self._response.head
+        length = head.header("content-length")
+        if head.status == 204:
+            return []
+        if length is not None:
+            return [("Content-Length", length)]
+        is_chunked = is_head and head.header("transfer-encoding") and not self._request.head.is_http10
+        return [("Transfer-Encoding", "chunked")] if is_chunked else []
 
     def _pieces(self, held):
         """The answer as it comes; its record is written before the piece with which the client sees its end."""
