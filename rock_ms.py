@@ -5719,7 +5719,7 @@ class ProxyService:
         self._pool = UpstreamPool(proxies)
         urls = [settings.proxy_base_url] if settings.proxy_base_url else settings.proxy_rules.values()
         self._upstreams = {url: Upstream.of(url) for url in urls}
-        self._via = "1.1 rock-%s" % os.urandom(4).hex()
+        self._name = "rock-%s" % os.urandom(4).hex()  # in the Via field
         self._stop_receiver, self._stop_sender = socket.socketpair()
         self._is_stopping = False
 
@@ -5762,9 +5762,9 @@ class ProxyService:
 
     def via_of(self, request: ForwardedRequest) -> str:
         """What this service adds to the Via field.  Raises ApiError 508 where it stands there already."""
-        if self._via in ", ".join(_values(request.head.headers, "via")):
+        if self._name in ", ".join(_values(request.head.headers, "via")):
             raise ApiError(508, "the upstream of this service is the service itself", code="loop_detected")
-        return self._via
+        return "%s %s" % ("1.0" if request.head.is_http10 else "1.1", self._name)
 
     def send(self, upstream, method, target, headers, body, watch) -> UpstreamResponse:
         """Send a request upstream.  Raises UpstreamError, ClientGone."""
