@@ -410,7 +410,7 @@ _HOST = re.compile(r"(?:\[[\w.~!$&'()*+,;=%:-]+\]|(?:[\w.~!$&'()*+,;=-]|%[0-9A-F
 _LONE_LF = re.compile(rb"(?<!\r)\n")
 _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n)")
 _VERSION = re.compile(rb"HTTP/([0-9])\.([0-9])\Z")
-_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?\Z")
+_STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?\Z")
 _JSON_TYPE = re.compile(r"application/(?:[\w.+-]+\+)?json\Z")
 
 
@@ -529,8 +529,8 @@ def _parse_framing(headers, is_http10):
         # Where "chunked" is not the last, the request has no end that could be found, whoever understands the others.
         status = 501 if _tokens(headers, "transfer-encoding")[-1] == "chunked" else 400
         raise ProtocolError(status, "the only transfer coding understood is 'chunked', got %r" % ", ".join(codings))
-    expectations = _tokens(headers, "expect")
-    if expectations and (expectations != ["100-continue"]):
+    expectations = set(_tokens(headers, "expect")) - {""}
+    if expectations - {"100-continue"}:
         raise ProtocolError(417, "the only expectation understood is '100-continue'")
     return {
         "content_length": int(lengths[0]) if lengths else None,
@@ -578,7 +578,7 @@ def parse_response_head(head: bytes, is_head: bool = False) -> ResponseHead:
     length, is_chunked = _response_framing(lowered)
     if is_head or status in (204, 304):
         length, is_chunked = 0, False
-    keep_alive = match.group(1) == b"1" and "close" not in _tokens(lowered, "connection")
+    keep_alive = match.group(1) != b"0" and "close" not in _tokens(lowered, "connection")
     return ResponseHead(status, headers, length, is_chunked, keep_alive)
 
 
