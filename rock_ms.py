@@ -5144,6 +5144,7 @@ _KEY_HEADERS = ("authorization", "x-api-key", "api-key", "x-goog-api-key")
 _SET_ANEW = frozenset(("host", "content-length", "expect", "accept-encoding", "via"))
 _STREAM_TYPE = re.compile(r"text/event-stream\b", re.IGNORECASE)
 _DOT_SEGMENT = re.compile(r"(?:/|%2f|%5c|\\)(?:\.|%2e){1,2}(?:[/;\\]|%2f|%5c|\Z)", re.IGNORECASE)
+_FORWARDED_METHODS = ", ".join(sorted(KNOWN_METHODS))  # as an Allow field says it; others pass, too
 _MODEL_LIST = re.compile(r"/v1/models(?:/|\Z)")
 
 
@@ -5276,7 +5277,8 @@ class ForwardedRequest:
         if _DOT_SEGMENT.search(self.head.path):
             raise ApiError(400, "a path with '.' or '..' in it is not passed on")
         if self.head.method in ("TRACE", "CONNECT"):
-            raise ApiError(405, "%s is not passed on" % self.head.method)
+            message = "%s is not passed on" % self.head.method
+            raise ApiError(405, message, headers=[("Allow", _FORWARDED_METHODS)])
 
     def _read_json(self):
         if self.sent_body[:1] not in (b"{", b"[") and self.sent_body.lstrip()[:1] not in (b"{", b"["):
