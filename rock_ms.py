@@ -5145,6 +5145,7 @@ _SET_ANEW = frozenset(("host", "content-length", "expect", "accept-encoding", "v
 _STREAM_TYPE = re.compile(r"text/event-stream\b", re.IGNORECASE)
 _DOT_SEGMENT = re.compile(r"(?:/|%2f|%5c|\\)(?:\.|%2e){1,2}(?:[/;\\]|%2f|%5c|\Z)", re.IGNORECASE)
 _FORWARDED_METHODS = ", ".join(sorted(KNOWN_METHODS))  # as an Allow field says it; others pass, too
+_FORWARDS = re.compile(r"[0-9]{1,18}\Z")
 _MODEL_LIST = re.compile(r"/v1/models(?:/|\Z)")
 
 
@@ -5319,6 +5320,8 @@ class ForwardedRequest:
     def upstream_headers(self, settings: ServiceSettings, via: str) -> list:
         """The header fields to send upstream, without Host."""
         headers = [(name, value) for name, value in end_to_end(self.head.headers) if name not in _SET_ANEW]
+        if self.head.method == "OPTIONS":
+            headers = _with_fewer_forwards(headers)
         if settings.upstream_api_key:
             headers = _with_key(headers, settings.upstream_api_key)
         elif settings.api_key:  # what stands there is the key to this service, and none of the upstream's business
@@ -5351,6 +5354,14 @@ def _with_key(headers, key):
     if not any(name in _KEY_HEADERS for name, _ in headers):
         replaced.append(("authorization", "Bearer " + key))
     return replaced
+
+
+def _with_fewer_forwards(headers):
+    """The header fields with Max-Forwards counted down, where it is a number."""
+    return [
+        (name, max(0, int(value) - 1) if name == "max-forwards" and _FORWARDS.match(value) else value)
+        for name, value in headers
+    ]
 
 
 def _accepts_gzip(headers):
@@ -5756,6 +5767,8 @@ class ProxyService:
                 base_url_of(self.settings, None)
             except ApiError:
                 return models_reply(self.settings.proxy_rules)
+        if request.head.method == "OPTIONS" and re.match("0+\\Z", request.head.header("max-forwards", "")):
+            return Reply(204, content_type=None, headers=(("Allow", _FORWARDED_METHODS),))
         return ProxyCall(self, request).reply()
 
     def upstream_of(self, request: ForwardedRequest) -> Upstream:
