@@ -102,8 +102,8 @@ class Upstream:
         self._ask(open=gate)
 
     def seen(self, count=0):
-        """The requests so far, waiting until there are so many: method, target, headers (lower-case), body,
-        connection (its number)."""
+        """The requests so far, waiting until there are so many: method, target, version, headers (lower-case),
+        body, connection (its number)."""
         seen = self._ask(seen=count)
         for request in seen:
             request["body"] = base64.b64decode(request["body"])
@@ -225,14 +225,14 @@ class Handler(socketserver.BaseRequestHandler):
             self._receive()
         head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
         first, *lines = head.decode("latin-1").split("\r\n")
-        method, target, _ = first.split(" ")
+        method, target, version = first.split(" ")
         headers = [[part.strip() for part in line.split(":", 1)] for line in lines]
         headers = [[name.lower(), value] for name, value in headers]
         length = int(dict(headers).get("content-length", 0))
         while len(self.buffer) < length:
             self._receive()
         body, self.buffer = self.buffer[:length], self.buffer[length:]
-        return {"method": method, "target": target, "headers": headers, "raw": body}
+        return {"method": method, "target": target, "version": version, "headers": headers, "raw": body}
 
     def _receive(self):
         data = self.request.recv(65536)
