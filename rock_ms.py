@@ -3198,8 +3198,10 @@ exec(marshal.loads(__bytecode__))"""
 
 
 def interpreter() -> list:
-    """The command of this interpreter, isolated as it was started itself."""
-    return [sys.executable, *["-I"] * sys.flags.isolated, *["-S"] * sys.flags.no_site]
+    """The command of this interpreter, as isolated and as strict as it was started itself."""
+    flags = sys.flags
+    switches = ["-I"] * flags.isolated + ["-S"] * flags.no_site + ["-b"] * flags.bytes_warning
+    return [sys.executable, *switches, *("-W" + option for option in sys.warnoptions)]
 
 
 def own_bytecode() -> bytes:
@@ -8076,7 +8078,7 @@ class _Demo:
         """Run one of our commands as a user would; what it printed."""
         import subprocess
 
-        command = [sys.executable, os.path.abspath(__file__), *words, "--data-dir", self._data_dir]
+        command = [*interpreter(), os.path.abspath(__file__), *words, "--data-dir", self._data_dir]
         done = subprocess.run(command, stdout=subprocess.PIPE, env=self._environ)
         if done.returncode:
             raise RockError("the demo's command failed: %s" % " ".join(words))

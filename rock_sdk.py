@@ -53,6 +53,9 @@ import zlib
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
 
+if sys.flags.isolated and __name__ == "__main__":  # `python -I rock_sdk.py` does not look beside the script
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
 import rock_ms
 from rock_ms import EXIT_NOT_YET, SESSION_END_MARKER, ApiError, NotYet, RockError, StorageError, UsageError, setting
 
@@ -4031,7 +4034,7 @@ class ProcessRuntime:
         config = os.path.join(directory, "node.json")
         with open(os.open(config, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(order.settings(node, "127.0.0.1", node.port, tool_file))
-        command = [sys.executable, "-c", rock_ms.RUN_BYTECODE, os.path.abspath(rock_ms.__file__), "start"]
+        command = [*rock_ms.interpreter(), "-c", rock_ms.RUN_BYTECODE, os.path.abspath(rock_ms.__file__), "start"]
         command += ["--type", "tool-node", "--foreground", "--config-file", config]
         command += ["--data-dir", os.path.join(directory, "data")]
         with open(self._log_path(node.node_id), "ab") as log:

@@ -1,0 +1,65 @@
+"""Pythons that are strict, old, or built without something, and surroundings that know only ASCII."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import rock_ms
+import rock_sdk
+from managers import free_port
+from support import SCRIPT, TIMEOUT, ask, clean_environ
+
+pytestmark = pytest.mark.load
+
+SDK_SCRIPT = os.path.abspath(rock_sdk.__file__)
+STRICT = ("-I", "-S", "-bb", "-W", "error")
+
+
+def output_of(*command):
+    """What a command prints that must succeed without a word on standard error."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environ(), timeout=TIMEOUT)
+    assert (done.returncode, done.stderr) == (0, b"")
+    return done.stdout.decode("utf-8")
+
+
+# Strict -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.everywhere
+def test_interpreter_is_begun_again_with_the_switches_it_has():
+    look = "import json, sys; print(json.dumps([sys.flags.isolated, sys.flags.no_site, sys.flags.bytes_warning]))"
+    load = "import sys; sys.path.insert(0, %r); import rock_ms; " % os.path.dirname(SCRIPT)
+    said = output_of(sys.executable, *STRICT, "-c", load + "print(rock_ms.dump_json(rock_ms.interpreter()))")
+    command = json.loads(said)
+    assert json.loads(output_of(*command, "-c", look)) == [1, 1, 2]
+    warn = "import warnings\ntry: warnings.warn('x')\nexcept UserWarning: print('raised')"
+    assert output_of(*command, "-c", warn) == "raised\n"
+
+
+@pytest.mark.everywhere
+def test_isolated_interpreter_finds_the_service_beside_the_sdk():
+    version = "rock-model-service %s\n" % rock_ms.__version__
+    assert output_of(sys.executable, *STRICT, SDK_SCRIPT, "--version") == version
+
+
+@pytest.mark.parametrize("words", [("--type", "assistant"), ("--type", "tool-manager", "--runtime", "process")])
+def test_agent_servers_answer_without_a_warning(tmp_path, words):
+    strict = (sys.executable, *STRICT, SDK_SCRIPT)
+    place = ("--data-dir", str(tmp_path))
+    words += ("--first-node-port", str(free_port())) if "tool-manager" in words else ()
+    output_of(*strict, "start", *words, "--port=0", *place)
+    try:
+        state = rock_sdk.SERVERS[words[1]].state(str(tmp_path)).read()
+        assert ask(state["port"], method="GET", path="/openapi.json").status == 200
+        if "tool-manager" in words:
+            name = {"tool_name": "RenewInstance"}
+            assert ask(state["port"], name, path="/create_tool_service").status == 200
+    finally:
+        output_of(*strict, "stop", *place)
+    said = (tmp_path / (words[1] + ".log")).read_text(encoding="utf-8")
+    assert "started" in said
+    assert "Warning" not in said
+    assert "Traceback" not in said
