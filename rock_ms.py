@@ -32,7 +32,7 @@ into any sandbox image.  It is read from top to bottom; each section uses only w
     . Proxy service . Replay service . Tools . Tool node . Servers . Reading trajectories . Command line
 """
 
-from __future__ import annotations
+from __future__ import annotations  # an older Python fails here: it must be 3.7 or newer
 
 import argparse
 import contextlib

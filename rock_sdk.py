@@ -24,7 +24,7 @@ shell and a Python 3.7 or newer.  It is read from top to bottom; each section us
     . Tool clients . Documents . Knowledge . Uploads . Model servers . Agent loop . Assistant service . Command line
 """
 
-from __future__ import annotations
+from __future__ import annotations  # an older Python fails here: it must be 3.7 or newer
 
 import asyncio
 import collections

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 import rock_ms
 import rock_sdk
 from managers import free_port
-from support import SCRIPT, TIMEOUT, ask, clean_environ
+from support import SCRIPT, TIMEOUT, ask, clean_environ, run_cli
 
 pytestmark = pytest.mark.load
 
@@ -63,3 +64,12 @@ def test_agent_servers_answer_without_a_warning(tmp_path, words):
     assert "started" in said
     assert "Warning" not in said
     assert "Traceback" not in said
+
+
+def test_python_that_is_too_old_says_so():
+    found = [path for path in (shutil.which("python3.6", path=place) for place in os.get_exec_path()) if path]
+    found = [path for path in found if subprocess.call([path, "-c", ""], stderr=subprocess.DEVNULL) == 0]
+    if not found:
+        pytest.skip("there is no Python 3.6")
+    for script in (SCRIPT, SDK_SCRIPT):
+        assert "3.7 or newer" in run_cli("demo", check=1, python=found[0], script=script).err
