@@ -3043,13 +3043,14 @@ def recorded_turns(path: str) -> dict:
 def process_identity(pid: int) -> str | None:
     """What tells a living process from a later one with its number; None for one that is gone or a zombie.
 
-    That is its start time from /proc.  Without /proc it is "", and a zombie or a recycled number cannot be told.
+    That is its start time from /proc.  Without /proc it is "", and neither a recycled number nor a zombie that is not
+    our own child can be told.
     """
     try:
         with open("/proc/%d/stat" % pid, "rb") as file:
             fields_after_name = file.read().rpartition(b")")[2].split()
     except OSError:
-        return "" if _answers_signal(pid) else None
+        return "" if _answers_signal(pid) and not _is_dead_child(pid) else None
     if fields_after_name[0] in (b"Z", b"X"):
         return None
     return fields_after_name[19].decode()
@@ -3063,6 +3064,13 @@ def _answers_signal(pid):
     except (OSError, OverflowError):
         return False
     return True
+
+
+def _is_dead_child(pid):
+    """Whether it is a child of ours that has ended and is not reaped yet; it is not reaped by this."""
+    with contextlib.suppress(OSError, AttributeError):  # some systems have no waitid
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    return False
 
 
 def stopped_state(state: dict) -> dict:
@@ -8044,7 +8052,9 @@ class _Demo:
         self._run("start", "--host", "127.0.0.1", "--port", "0")
         url = "http://127.0.0.1:%d/v1" % ServiceState(self._data_dir).read()["port"]
         say("agent    starts with OPENAI_BASE_URL=%s" % url)
-        agent = subprocess.Popen([sys.executable, "-c", _DEMO_AGENT], env=dict(self._environ, OPENAI_BASE_URL=url))
+        agent = subprocess.Popen([*interpreter(), "-c", _DEMO_AGENT], env=dict(self._environ, OPENAI_BASE_URL=url))
+        # As a shell does, it reaps the agent at once: without /proc the service cannot tell a zombie.
+        threading.Thread(target=agent.wait, daemon=True).start()
         try:
             self._run("watch-agent", "--pid", str(agent.pid))
             self._train()

@@ -17,6 +17,21 @@ pytestmark = pytest.mark.load
 
 SDK_SCRIPT = os.path.abspath(rock_sdk.__file__)
 STRICT = ("-I", "-S", "-bb", "-W", "error")
+# Put before all else that a Python runs: no /proc, and none of the libraries that it may have been built without.
+BARE = """
+import builtins, sys
+
+sys.modules.update(dict.fromkeys(%r))
+real_open = builtins.open
+
+def open(path, *args, **options):
+    if str(path).startswith("/proc/"):
+        raise FileNotFoundError(2, "No such file or directory", path)
+    return real_open(path, *args, **options)
+
+builtins.open = open
+"""
+LIBRARIES = ("ssl", "_ssl", "sqlite3", "_sqlite3", "ctypes", "_ctypes", "bz2", "_bz2", "lzma", "_lzma", "readline")
 
 
 def output_of(*command):
@@ -24,6 +39,14 @@ def output_of(*command):
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environ(), timeout=TIMEOUT)
     assert (done.returncode, done.stderr) == (0, b"")
     return done.stdout.decode("utf-8")
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """The environment of a bare Python."""
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "sitecustomize.py").write_text(BARE % (LIBRARIES,))
+    return clean_environ(PYTHONPATH=str(tmp_path / "bare"))
 
 
 # Strict -------------------------------------------------------------------------------------------------------------
@@ -73,3 +96,26 @@ def test_python_that_is_too_old_says_so():
         pytest.skip("there is no Python 3.6")
     for script in (SCRIPT, SDK_SCRIPT):
         assert "3.7 or newer" in run_cli("demo", check=1, python=found[0], script=script).err
+
+
+# Bare ---------------------------------------------------------------------------------------------------------------
+
+
+def test_demo_needs_no_proc_and_no_library_that_python_may_be_built_without(bare):
+    done = run_cli("demo", check=0, env=bare)
+    assert done.err == ""
+    assert done.out.splitlines()[-1] == "SESSION_END"
+
+
+def test_child_that_has_ended_is_told_without_proc(monkeypatch):
+    def no_file(path, *_):
+        raise FileNotFoundError(2, "No such file or directory", path)
+
+    monkeypatch.setattr(rock_ms, "open", no_file, raising=False)
+    child = subprocess.Popen(["sh", "-c", "read line; exit 3"], stdin=subprocess.PIPE)
+    assert rock_ms.process_identity(child.pid) == rock_ms.process_identity(os.getpid()) == ""
+    child.stdin.close()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert rock_ms.process_identity(child.pid) is None
+    assert child.wait() == 3  # and was not reaped by the look
+    assert rock_ms.process_identity(child.pid) is None
