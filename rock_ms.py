@@ -70,6 +70,8 @@ STATE_NAME = "LLMService"  # of the service's state and lock files: NAME.json, N
 DEFAULT_DATA_DIR = "/data/logs"
 FALLBACK_DATA_DIR = "~/.rock/logs"
 
+NO_SSL = "this Python has no ssl module, which https needs"
+
 EXIT_FAILED, EXIT_USAGE, EXIT_NOT_YET = 1, 2, 75
 STOP_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))  # that end a service
 
@@ -5044,7 +5046,7 @@ class UpstreamPool:
         try:
             import ssl
         except ImportError:
-            raise UpstreamError("this Python has no ssl module, which https needs", is_final=True) from None
+            raise UpstreamError(NO_SSL, is_final=True) from None
         with self._lock:
             if self._tls is None:
                 self._tls = ssl.create_default_context()
@@ -6473,13 +6475,20 @@ class _WebTool(BaseTool):
 
 def direct_opener(*handlers) -> object:
     """As urllib's build_opener, but it follows no redirect: a key that is sent would go wherever the service says."""
-    from urllib.request import HTTPRedirectHandler, build_opener
+    from urllib.error import URLError
+    from urllib.request import BaseHandler, HTTPRedirectHandler, build_opener
 
     class NoRedirect(HTTPRedirectHandler):
         def redirect_request(self, *_):
             return None
 
-    return build_opener(NoRedirect, *handlers)
+    class WithoutSSL(BaseHandler):
+        handler_order = HTTPRedirectHandler.handler_order + 1  # after urllib's own for https, where there is one
+
+        def https_open(self, _):
+            raise URLError(NO_SSL)
+
+    return build_opener(NoRedirect, WithoutSSL, *handlers)
 
 
 def _fetch_json(url, headers=None, value=None):

@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 
 import pytest
 
@@ -119,3 +121,22 @@ def test_child_that_has_ended_is_told_without_proc(monkeypatch):
     assert rock_ms.process_identity(child.pid) is None
     assert child.wait() == 3  # and was not reaped by the look
     assert rock_ms.process_identity(child.pid) is None
+
+
+def test_https_without_ssl_says_what_is_missing(bare):
+    code = """import sys, urllib.error
+sys.path.insert(0, %r)
+import rock_ms
+try:
+    rock_ms.direct_opener().open("https://127.0.0.1:1/")
+except urllib.error.URLError as error:
+    print(error.reason)"""
+    done = run_cli(code % os.path.dirname(SCRIPT), check=0, script="-c", env=bare)
+    assert done.out == "this Python has no ssl module, which https needs\n"
+
+
+def test_https_with_ssl_is_urllibs_own():
+    pytest.importorskip("ssl")
+    with pytest.raises(urllib.error.URLError) as caught:
+        rock_ms.direct_opener(urllib.request.ProxyHandler({})).open("https://127.0.0.1:%d/" % free_port())
+    assert isinstance(caught.value.reason, ConnectionRefusedError)
