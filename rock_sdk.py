@@ -4276,8 +4276,10 @@ class ToolRegistry:
     """
 
     def __init__(self, path: str):
-        import sqlite3
-
+        try:
+            import sqlite3
+        except ImportError:
+            raise StorageError("the registry of tools needs SQLite, which this Python was built without") from None
         self._path = path
         self._lock = threading.Lock()
         self._errors = sqlite3.Error

@@ -140,3 +140,13 @@ def test_https_with_ssl_is_urllibs_own():
     with pytest.raises(urllib.error.URLError) as caught:
         rock_ms.direct_opener(urllib.request.ProxyHandler({})).open("https://127.0.0.1:%d/" % free_port())
     assert isinstance(caught.value.reason, ConnectionRefusedError)
+
+
+def test_tool_manager_without_sqlite_says_what_is_missing(tmp_path, bare):
+    place = ("--data-dir", tmp_path)
+    words = ("start", "--type", "tool-manager", "--runtime", "process", "--port=0", *place)
+    done = run_cli(*words, check=1, script=SDK_SCRIPT, env=bare)
+    reason = "the registry of tools needs SQLite, which this Python was built without"
+    assert done.err == "rock-agent-servers: the tool manager did not start: %s\n" % reason
+    rock_sdk.ToolRegistry(str(tmp_path / rock_sdk.REGISTRY_NAME)).close()  # of a manager of another Python
+    assert "no tool manager runs" in run_cli("stop", *place, check=0, script=SDK_SCRIPT, env=bare).out
