@@ -6000,25 +6000,44 @@ class Passage:
     score: float
 
 
+class NoTextSearch(StorageError):
+    """This Python's SQLite, or its lack of one, does not allow for a KnowledgeBase."""
+
+
+class NoKnowledge:
+    """In place of a KnowledgeBase where there can be none: whoever asks for knowledge is told why.  Raises ApiError."""
+
+    def __init__(self, reason: str):
+        self._reason = reason
+
+    def _refuse(self, *_):
+        raise ApiError(501, self._reason, code="no_text_search")
+
+    names = digest_of = search = add = _refuse
+
+
 class KnowledgeBase:
     """The passages of all users' files.
 
     path: of a directory, made where it is missing, with a file for each uuid_str.  Its methods may be called by many
-    threads at once, and there is nothing to close.  They raise StorageError.
+    threads at once, and there is nothing to close.  They raise StorageError, and NoTextSearch where none can be had.
     """
 
     def __init__(self, path: str):
         try:
             import sqlite3
         except ImportError:
-            raise StorageError("knowledge needs SQLite, which this Python was built without") from None
+            raise NoTextSearch("knowledge needs SQLite, which this Python was built without") from None
         self._path = path
         self._making = threading.Lock()
         self._connect = partial(sqlite3.connect, timeout=KNOWLEDGE_SECONDS, isolation_level=None)
         self._errors = sqlite3.Error
-        with self._storing("this Python's SQLite %s cannot search texts" % sqlite3.sqlite_version):
+        try:
             with contextlib.closing(self._connect(":memory:")) as database:
                 database.execute("CREATE VIRTUAL TABLE passages USING fts5(terms)")
+        except self._errors as error:
+            message = "knowledge: this Python's SQLite %s cannot search texts: %s"
+            raise NoTextSearch(message % (sqlite3.sqlite_version, error)) from error
         with self._storing(path):
             os.makedirs(path, 0o700, exist_ok=True)
 
@@ -8031,7 +8050,8 @@ def _check_port(host, port):
 class AssistantServer(rock_ms.Server):
     """The assistant with its HTTP server, its files in `data_dir`, and vLLM where it is asked for.  Raises RockError.
 
-    say: told, in a line, what is being waited for.  is_unwanted: () -> whether it is to be stopped before it has begun.
+    say: told, in a line, what is being waited for, or does not work.  is_unwanted: () -> whether it is to be stopped
+    before it has begun.
     """
 
     def __init__(self, settings: AssistantSettings, data_dir: str, logger, say=lambda text: None, is_unwanted=bool):
@@ -8044,7 +8064,12 @@ class AssistantServer(rock_ms.Server):
         except OSError as error:
             raise StorageError("cannot make %s: %s" % (upload_dir, error.strerror)) from None
         trajectory = rock_ms.AppendFile(settings.recording_file or os.path.join(data_dir, ASSISTANT_TRAJ_NAME))
-        knowledge = KnowledgeBase(os.path.join(knowledge_dir, "files"))
+        try:
+            knowledge = KnowledgeBase(os.path.join(knowledge_dir, "files"))
+        except NoTextSearch as error:  # which most agents do not need
+            logger.warning("%s; all else works", error)
+            say("%s; all else works" % error)
+            knowledge = NoKnowledge(str(error))
         try:
             if settings.model:
                 _check_port(settings.host, settings.port)  # or it would be noticed after minutes of loading

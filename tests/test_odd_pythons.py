@@ -12,6 +12,7 @@ import pytest
 
 import rock_ms
 import rock_sdk
+from assistants import assisting, says
 from managers import free_port
 from support import SCRIPT, TIMEOUT, ask, clean_environ, run_cli
 
@@ -150,3 +151,24 @@ def test_tool_manager_without_sqlite_says_what_is_missing(tmp_path, bare):
     assert done.err == "rock-agent-servers: the tool manager did not start: %s\n" % reason
     rock_sdk.ToolRegistry(str(tmp_path / rock_sdk.REGISTRY_NAME)).close()  # of a manager of another Python
     assert "no tool manager runs" in run_cli("stop", *place, check=0, script=SDK_SCRIPT, env=bare).out
+
+
+def test_assistant_without_sqlite_starts_and_says_what_is_missing(tmp_path, bare):
+    start = ("start", "--type", "assistant", "--port=0", "--data-dir", tmp_path)
+    done = run_cli(*start, check=0, script=SDK_SCRIPT, env=bare)
+    run_cli("stop", "--data-dir", tmp_path, check=0, script=SDK_SCRIPT, env=bare)
+    reason = "knowledge needs SQLite, which this Python was built without"
+    assert done.err == "rock-agent-servers: %s; all else works\n" % reason
+
+
+def test_knowledge_without_sqlite_is_refused_and_all_else_is_answered(tmp_path, upstream, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sqlite3", None)
+    upstream.script(says("sunny"))
+    with assisting(tmp_path, upstream) as assistant:
+        assert assistant.response() == "sunny"
+        for got in (assistant.upload(a_txt=b"text"), assistant.lite(use_knowledge=True)):
+            assert got.status == 501
+            assert got.json()["error"]["code"] == "no_text_search"
+            assert "needs SQLite" in got.json()["message"]
+        assert os.listdir(os.path.join(assistant.data_dir, "knowledge", "uploads")) == []
+    assert any("all else works" in line for line in assistant.logged)
