@@ -7489,13 +7489,22 @@ def open_standard_streams() -> None:
             if descriptor != number:
                 os.dup2(descriptor, number)
                 os.close(descriptor)
-            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
+            how = {"encoding": "utf-8", "errors": "backslashreplace", "closefd": False}
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", **how))
+
+
+def as_utf8(text: str) -> bytes:
+    """Text for people in UTF-8; a file name that the locale's encoding does not know becomes what it is on disk."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace")
 
 
 def say(text: str) -> None:
     """Print a line in UTF-8, whatever the locale."""
     sys.stdout.flush()
-    sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace") + b"\n")
+    sys.stdout.buffer.write(as_utf8(text) + b"\n")
     sys.stdout.buffer.flush()
 
 
@@ -7703,10 +7712,14 @@ def open_logger(path: str, is_loud: bool) -> object:
         def findCaller(self, *_, **__):  # which no format of ours shows, and which takes a walk up the stack
             return "", 0, "", None
 
+    class Formatter(logging.Formatter):
+        def format(self, record):  # or a line with a lone surrogate in it would be lost, and a traceback in its place
+            return as_utf8(super().format(record)).decode("utf-8", "backslashreplace")
+
     logger = Logger("rock-ms", logging.INFO)
     handlers = [logging.FileHandler(path, encoding="utf-8")] + ([logging.StreamHandler()] if is_loud else [])
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
     return logger
 

@@ -172,3 +172,32 @@ def test_knowledge_without_sqlite_is_refused_and_all_else_is_answered(tmp_path, 
             assert "needs SQLite" in got.json()["message"]
         assert os.listdir(os.path.join(assistant.data_dir, "knowledge", "uploads")) == []
     assert any("all else works" in line for line in assistant.logged)
+
+
+# Only ASCII ---------------------------------------------------------------------------------------------------------
+
+ASCII = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def test_path_that_the_locale_does_not_know_is_said_and_logged_as_it_is(tmp_path):
+    environ = clean_environ(**ASCII)
+    data_dir = os.fsencode(str(tmp_path)) + "/数据 目录".encode("utf-8")
+    place = os.fsdecode(data_dir)
+    done = run_cli("start", "--host=127.0.0.1", "--port=0", "--data-dir", place, check=0, env=environ)
+    run_cli("stop", "--data-dir", place, check=0, env=environ)
+    assert "log %s/数据 目录/LLMService.log\n" % tmp_path in done.out
+    with open(os.path.join(data_dir, b"model_service.log"), encoding="utf-8") as file:
+        said = file.read()
+    assert "数据 目录/LLMService.log\n" in said
+    assert "Traceback" not in said
+
+
+def test_text_that_no_encoding_knows_is_shown_escaped():
+    assert rock_ms.as_utf8("数 \udce6\udc95\udcb0 \udcff") == "数 数 ".encode("utf-8") + b"\xff"
+    assert rock_ms.as_utf8("\ud83d!") == b"\\ud83d!"
+
+
+def test_complaint_about_such_a_path_to_a_closed_stream_changes_no_exit_code(tmp_path):
+    words = ["anti-call-llm", "--index=1", "--response-file", "/没有", "--data-dir", str(tmp_path)]
+    command = ["sh", "-c", 'exec "$0" "$@" 2>&-', sys.executable, SCRIPT, *words]
+    assert subprocess.call(command, env=clean_environ(**ASCII), timeout=TIMEOUT) == 2
