@@ -144,7 +144,8 @@ def test_life_of_a_tool_leaves_nothing(manager):
 def test_removal_ends_what_a_tool_has_begun_elsewhere(manager):
     manager.create("leaves", "l")
     pid = manager.call("leaves", tenant_id="l")
-    assert pid in sandboxes.processes_with(manager.node("leaves", "l").node_id)
+    node_id = manager.node("leaves", "l").node_id
+    wait_until(lambda: pid in sandboxes.processes_with(node_id))  # /proc shows its environment once it has begun
     manager.remove("leaves", "l")
     assert rock_ms.process_identity(pid) is None
 
