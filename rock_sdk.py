@@ -3500,6 +3500,8 @@ class ModelService:
             said = await self._shell.poll(turn.script, call_timeout, what, check_interval, turn.heed)
         finally:
             await surely(turn.end)
+        if said.exit_code == KILLED:
+            await self._shell.repeat(":")  # raises SandboxGone where it was the sandbox's end that killed it
         if said.exit_code:
             why = said.errors or said.output.strip() or failure_of(said.exit_code)
             message = "[%s] anti-call-llm failed: %s" % (self._shell.name, why)

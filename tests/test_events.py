@@ -910,7 +910,6 @@ BAD_HEADS = [
     b"HTTP/1.1  200 OK",
     b"HTTP/2 200 OK",
     b"HTTP/2.0 200 OK",
-    b"HTTP/1.2 200 OK",
     b"http/1.1 200 OK",
     b"ICY 200 OK",
     b" HTTP/1.1 200 OK",

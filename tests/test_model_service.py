@@ -17,7 +17,7 @@ import rock_ms
 import rock_sdk
 from rock_ms import SESSION_END_MARKER, NotYet, RockError, UsageError
 from rock_sdk import DockerSandbox, ModelService, SandboxError, SandboxGone, StateError
-from sandboxes import IMAGE, RockShapedSandbox, Seen, local_sandbox, need_engine, run
+from sandboxes import IMAGE, PATH, RockShapedSandbox, Seen, local_sandbox, need_engine, run
 from support import SCRIPT, TIMEOUT, Later, ask, chat, completion, wait_until
 
 pytestmark = pytest.mark.load
@@ -1068,6 +1068,38 @@ def test_a_local_sandbox_that_is_stopped_in_mid_turn_is_gone(tmp_path):
                 await waiting
             await place.service.stop()
             assert not place.service.is_started
+
+    run(scenario())
+
+
+class Ending(rock_sdk.LocalSandbox):
+    """It is stopped in the moment in which a command of it is killed, whose shell lives to tell."""
+
+    ends = False
+
+    async def arun(self, cmd, *args, **options):
+        seen = await super().arun(cmd, *args, **options)
+        if self.ends and "kill -9" in cmd:
+            self._is_running = False
+        return seen
+
+
+KILLS_ITSELF = "sh -c 'kill -9 $$' turn-${index}"
+
+
+@pytest.mark.parametrize(
+    "ends, error, words",
+    [(True, SandboxGone, "has been stopped"), (False, SandboxError, "anti-call-llm failed: ")],
+)
+def test_turn_whose_command_is_killed_says_whether_the_sandbox_is_gone(tmp_path, ends, error, words):
+    async def scenario():
+        async with Ending(directory=str(tmp_path), env={"PATH": PATH}) as sandbox:
+            place = Place(sandbox, {"enabled": True, "anti_call_llm_cmd_no_response": KILLS_ITSELF})
+            await place.begin()
+            sandbox.ends = ends
+            with pytest.raises(SandboxError, match=words) as caught:
+                await place.next()
+            assert type(caught.value) is error
 
     run(scenario())
 
