@@ -47,7 +47,6 @@ import tarfile
 import tempfile
 import threading
 import time
-import unicodedata
 import uuid
 import zlib
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -98,6 +97,7 @@ MAX_OUTPUT_BYTES = 2 * rock_ms.MAX_BODY_BYTES  # of a command's output, its end;
 MAX_ENV_FILE_BYTES = 60_000  # of a value: a line of docker's --env-file has 64 KiB at most
 MAX_JOB_OUTPUT_BYTES = 8 * 1024 * 1024  # of what an agent or an installation says, its end
 MAX_SAID_CHARACTERS = 2000  # of what a failed command said: its end, in an error message
+LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")  # of this machine, for itself only
 DEFAULT_MANAGER_URL = "http://localhost:31511"  # of a tool manager; modelscope-agent's own
 REGISTRY_NAME = "tools.sqlite3"
 TOOL_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z"  # of a tool, a tenant, a document: fit for a path and a command
@@ -4700,7 +4700,7 @@ class ManagerSettings:
         if self.runtime == "docker" and shutil.which(self.docker) is None:
             said.append("there is no %s command here: tools will not start; or try --runtime process" % self.docker)
         said += ["--tool-env: %s is not set" % name for name in self.tool_env if name not in os.environ]
-        if self.host not in ("127.0.0.1", "::1", "localhost") and not (self.api_key or self.tenant_keys):
+        if self.host not in LOCAL_HOSTS and not (self.api_key or self.tenant_keys):
             said.append("it listens on %s and asks for no key: anyone on the network may run tools" % self.host)
         return said
 
@@ -5152,6 +5152,11 @@ _OPERATION = {
 }
 
 
+def _check_name(field, name):
+    if not re.match(TOOL_NAME, name):
+        raise ApiError(400, NAME_RULE % field, param=field)
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """Something that the service can be asked for.
@@ -5179,8 +5184,8 @@ class Endpoint:
         values = {**self._from_query(request.head.query or ""), **(request.json()[1] if request.body.strip() else {})}
         values = {name: value for name, value in values.items() if value is not None}
         for name in _NAMES:
-            if isinstance(values.get(name), str) and not re.match(TOOL_NAME, values[name]):
-                raise ApiError(400, NAME_RULE % name, param=name)
+            if isinstance(values.get(name), str):
+                _check_name(name, values[name])
         try:
             rock_ms.check_arguments(values, self.schema())
         except ValueError as error:
@@ -5528,7 +5533,7 @@ def _opener(url):
     import urllib.request
     from urllib.parse import urlsplit
 
-    is_here = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+    is_here = urlsplit(url).hostname in LOCAL_HOSTS
     return rock_ms.direct_opener(*([urllib.request.ProxyHandler({})] if is_here else []))
 
 
@@ -5898,6 +5903,7 @@ _SENTENCE_END = re.compile(r"[。！？；]+[”’」』）]*|[.!?;][\"')\]]*\s
 
 def terms_of(text: str) -> list:
     """What a text is found by, in its order."""
+    import unicodedata
 
     terms = []
     for match in _TERM.finditer(unicodedata.normalize("NFKC", text).casefold()):
@@ -6948,19 +6954,20 @@ class RolePlay:
         self._manager = {"tenant_id": tenant_id, "user_token": user_token}
         self._manager["tool_service_manager_url"] = tool_service_manager_url
         self._tools = {}  # by name; None for those of the caller
-        functions = []
-        for item in function_list or ():
-            tool, definition = self._tool_of(item, use_tool_api)
-            try:
-                (function,) = functions_of([definition])
-            except ValueError as error:
-                raise UsageError("function_list: %s" % error) from None
-            if function.name in self._tools:
-                raise UsageError("function_list has two tools %s" % function.name)
-            self._tools[function.name] = tool
-            functions.append(function)
-        self.functions = functions
+        self.functions = [self._taken(item, use_tool_api) for item in function_list or ()]
         self.tool_calls = []
+
+    def _taken(self, item, use_tool_api):
+        """Keep a tool of the function_list; its Function."""
+        tool, definition = self._tool_of(item, use_tool_api)
+        try:
+            (function,) = functions_of([definition])
+        except ValueError as error:
+            raise UsageError("function_list: %s" % error) from None
+        if function.name in self._tools:
+            raise UsageError("function_list has two tools %s" % function.name)
+        self._tools[function.name] = tool
+        return function
 
     def _tool_of(self, item, use_tool_api):
         """(a tool, its definition); the tool is None where only the caller has it."""
@@ -7289,13 +7296,18 @@ class AssistantSettings:
 
     def warnings(self) -> list:
         """What a user should know who starts it so."""
-        if self.host in ("127.0.0.1", "::1", "localhost") or self.api_key:
+        if self.host in LOCAL_HOSTS or self.api_key:
             return []
         return ["it listens on %s and asks for no key: anyone on the network may use it" % self.host]
 
+    @property
+    def known_servers(self) -> dict:
+        """The base URLs of all model servers that have a name, by that name."""
+        return {**MODEL_SERVERS, **self.model_servers}
+
     def url_of(self, model_server: str) -> str:
         """The base URL of a model server's name.  Raises UsageError."""
-        known = {**MODEL_SERVERS, **self.model_servers}
+        known = self.known_servers
         if "://" in model_server:
             return model_server
         if model_server not in known:
@@ -7348,7 +7360,7 @@ class ModelClients:
         """Of a model server that a request names, or the settings do.  Raises ApiError 400: no others are asked."""
         if model_server in (None, self._own_name):
             return self.own()
-        known = {**MODEL_SERVERS, **self._settings.model_servers}
+        known = self._settings.known_servers
         if model_server not in known:
             hint = rock_ms.did_you_mean(model_server, list(known))
             raise ApiError(400, "there is no model server %r here%s" % (model_server, hint), param="llm_config")
@@ -7930,8 +7942,7 @@ class AssistantService:
             uuid_str = upload.fields.get("uuid_str")
             if uuid_str is None:
                 raise ApiError(400, "uuid_str is missing: send it as a field of the form", param="uuid_str")
-            if not re.match(TOOL_NAME, uuid_str):
-                raise ApiError(400, NAME_RULE % "uuid_str", param="uuid_str")
+            _check_name("uuid_str", uuid_str)
             if not upload.files:
                 raise ApiError(400, "No valid files: send each as a part `files` with a file name", param="files")
             if not self._indexing.acquire(timeout=INDEXING_SECONDS):
