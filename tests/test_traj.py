@@ -1,5 +1,7 @@
 """The `traj` command: what it shows of a trajectory, whatever that holds."""
 
+import contextlib
+import io
 import itertools
 import json
 import os
@@ -10,7 +12,7 @@ import time
 
 import pytest
 
-from rock_ms import TRAJ_HEADER, CallSummary, conversation, printable
+from rock_ms import TRAJ_HEADER, CallSummary, conversation, main, printable
 from support import SCRIPT, chat, clean_environ, completion, run_cli
 
 
@@ -30,14 +32,21 @@ def written(tmp_path, *calls):
     return path
 
 
-def traj(path, *flags, **options):
-    options.setdefault("check", 0)
-    return run_cli("traj", path, *flags, **options)
+def traj(path, *flags, check=0, **options):
+    """The command as a process."""
+    return run_cli("traj", path, *flags, check=check, **options)
 
 
-def rows(path, *flags, **options):
+def shown(path, *flags):
+    """What the command prints, run to its good end in this process."""
+    with io.TextIOWrapper(io.BytesIO(), "utf-8") as out, contextlib.redirect_stdout(out):
+        assert main(["traj", str(path), *flags]) == 0
+        return out.buffer.getvalue().decode("utf-8")
+
+
+def rows(path, *flags):
     """What is shown, without the header."""
-    header, *lines = traj(path, *flags, **options).out.split("\n")
+    header, *lines = shown(path, *flags).split("\n")
     assert header == TRAJ_HEADER and lines.pop() == ""
     return lines
 
@@ -47,9 +56,9 @@ def what_of(**fields):
     return CallSummary.of(1, record(**fields)).row()[len(TRAJ_HEADER) - len("what") :]
 
 
-def objects(path, **options):
+def objects(path):
     """What is shown with --json."""
-    return [json.loads(line) for line in traj(path, "--json", **options).out.split("\n")[:-1]]
+    return [json.loads(line) for line in shown(path, "--json").split("\n")[:-1]]
 
 
 def function(name, arguments="{}"):
@@ -63,8 +72,7 @@ def function(name, arguments="{}"):
 
 def test_table_has_a_row_for_each_call(tmp_path):
     path = written(tmp_path, record(), b"\n", record(model="a/b", status=429, response=None, error="busy", attempts=3))
-    environ = clean_environ(TZ="UTC")
-    assert rows(path, env=environ) == [
+    assert traj(path, env=clean_environ(TZ="UTC")).out.split("\n")[1:-1] == [
         "    1  2023-11-14 22:13:20  m                            200    1.250 s         1         2",
         "    3  2023-11-14 22:13:20  a/b                          429    1.250 s         -         -  3 attempts; busy",
     ]
@@ -269,9 +277,9 @@ def test_messages_of_the_call_before_are_not_repeated(tmp_path):
     path = written(
         tmp_path, *[record(request={"messages": messages}) for messages in (first, second, other, second, second)]
     )
-    calls = traj(path, "--full").out.split("\n\n")
-    shown = [[word for word in ("be good", "one", "two", "another") if word in call] for call in calls[:5]]
-    assert shown == [["be good", "one"], ["two"], ["another"], ["be good", "one", "two"], []]
+    calls = shown(path, "--full").split("\n\n")
+    said = [[word for word in ("be good", "one", "two", "another") if word in call] for call in calls[:5]]
+    assert said == [["be good", "one"], ["two"], ["another"], ["be good", "one", "two"], []]
     assert ["as in the call before: %d" % count in call for call, count in zip(calls, (0, 2, 0, 0, 4))] == [
         False,
         True,
@@ -325,7 +333,7 @@ def test_bad_lines_are_named_and_the_others_are_shown(tmp_path):
 
 
 def test_one_bad_line_is_enough_to_fail(tmp_path):
-    assert len(rows(written(tmp_path, b"oops\n", record()), check=1)) == 1
+    assert traj(written(tmp_path, b"oops\n", record()), check=1).out.count("\n") == 2
 
 
 @pytest.mark.parametrize("data", [b"", b"\n\n", b" \r\n"])
@@ -478,6 +486,7 @@ def odd_calls():
         yield from (replaced(start, place, value) for place in places for value in WRONG)
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("flag", [[], ["--full"], ["--json"]])
 def test_wrong_types_in_every_field_are_survived(tmp_path, flag):
     calls = list(odd_calls())
