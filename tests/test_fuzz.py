@@ -22,6 +22,8 @@ from rock_ms import (
 )
 from support import ask, chat, raw_request, running, talk
 
+pytestmark = pytest.mark.load
+
 WORDS = [b"LLM_REQUEST_START", b"LLM_REQUEST_END", b"LLM_RESPONSE_START", b"LLM_RESPONSE_END", b"SESSION_END"]
 LOG_TOKENS = WORDS + [
     b"\n",
