@@ -451,6 +451,7 @@ def parse_request_head(head: bytes) -> RequestHead:
     first, *lines = head.split(b"\r\n")
     method, target, is_http10 = _parse_request_line(first)
     headers = tuple((name.lower(), value) for name, value in map(_parse_field, lines))
+    _check_host(headers, is_http10)
     return RequestHead(
         method,
         *_split_target(target),
@@ -513,14 +514,17 @@ def _tokens(headers, name):
     return [token.strip(" \t").lower() for value in _values(headers, name) for token in value.split(",")]
 
 
-def _parse_framing(headers, is_http10):
-    """Where the body ends (RFC 9112, section 6), as fields of RequestHead."""
-    lengths, codings = _values(headers, "content-length"), _values(headers, "transfer-encoding")
+def _check_host(headers, is_http10):
     hosts = _values(headers, "host")
     if len(hosts) != 1 and not (is_http10 and not hosts):
         raise ProtocolError(400, "a request needs exactly one Host field")
     if hosts and not _HOST.match(hosts[0]):
         raise ProtocolError(400, "the Host field is not a host name with a port")
+
+
+def _parse_framing(headers, is_http10):
+    """Where the body ends (RFC 9112, section 6), as fields of RequestHead."""
+    lengths, codings = _values(headers, "content-length"), _values(headers, "transfer-encoding")
     if lengths and codings:
         raise ProtocolError(400, "both Content-Length and Transfer-Encoding: where the body ends is ambiguous")
     if len(lengths) > 1 or any(not re.match(r"[0-9]{1,18}\Z", length) for length in lengths):
@@ -1177,9 +1181,9 @@ class OtherEvents:
 
 def error_message(answer: object) -> str | None:
     """What an error object says, in whichever of the usual shapes; None where it is none."""
-    error = (
-        answer.get("error", answer if answer.get("object") == "error" else None) if isinstance(answer, dict) else None
-    )
+    if not isinstance(answer, dict):
+        return None
+    error = answer.get("error", answer if answer.get("object") == "error" else None)
     if isinstance(error, dict):
         return str(error.get("message") or dump_json(error))
     return str(error) if error else None

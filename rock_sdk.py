@@ -1642,13 +1642,18 @@ def language_of(messages: list) -> str:
 
     It is Chinese if there are at least as many Han characters in it as words of other letters.
     """
+    for text in user_texts(messages):
+        han, words = len(_HAN.findall(text)), len(_WORD.findall(text))
+        if han or words:
+            return "zh" if han >= words else "en"
+    return "en"
+
+
+def user_texts(messages: list):
+    """Yield the text of each message of the user's, the last one first."""
     for message in reversed(messages):
         if isinstance(message, dict) and message.get("role") == "user":
-            text = "\n".join(part for part in _parts_of(message.get("content")) if isinstance(part, str))
-            han, words = len(_HAN.findall(text)), len(_WORD.findall(text))
-            if han or words:
-                return "zh" if han >= words else "en"
-    return "en"
+            yield "\n".join(part for part in _parts_of(message.get("content")) if isinstance(part, str))
 
 
 def check_messages(messages: object) -> None:
@@ -2575,6 +2580,7 @@ class Sandbox:
 
     def __init__(self):
         self._agent = None
+        self._is_running = False
 
     async def arun(
         self,
@@ -2609,6 +2615,12 @@ class Sandbox:
 
     async def __aexit__(self, *_):
         await self.stop()
+
+    def _check_running(self):
+        if not self._is_running:
+            raise SandboxGone(
+                "[%s] the sandbox is not running: it was not started, or has been stopped" % self.sandbox_id
+            )
 
     @property
     def agent(self) -> RockAgent:
@@ -2667,7 +2679,6 @@ class LocalSandbox(Sandbox):
         self._name = os.path.basename(directory or "local")
         self._env = checked("env", _as_environ, env or {}, is_secret=True)
         self._is_made = False
-        self._is_running = False
         self._is_temporary = directory is None
         self._held_open = []  # outputs of commands that have ended, and whose children have not
 
@@ -2747,10 +2758,7 @@ class LocalSandbox(Sandbox):
         return os.path.join(self.directory, name)
 
     def _check_running(self):
-        if not self._is_running:
-            raise SandboxGone(
-                "[%s] the sandbox is not running: it was not started, or has been stopped" % self.sandbox_id
-            )
+        super()._check_running()
         if not os.path.isdir(self.directory):
             raise SandboxGone("[%s] the sandbox's directory %s is gone" % (self.sandbox_id, self.directory))
 
@@ -2847,7 +2855,6 @@ class DockerSandbox(Sandbox):
         self._docker = docker
         self.sandbox_id = name or "rock-" + uuid.uuid4().hex[:12]
         self._is_made = False
-        self._is_running = False
 
     @classmethod
     async def attach(cls, name: str, user: str | None = None, docker: str = "docker") -> DockerSandbox:
@@ -2997,12 +3004,6 @@ class DockerSandbox(Sandbox):
             return await run_process([self._docker, *words], timeout, output, errors, **options)
         except OSError as error:
             raise SandboxError("cannot run %s: %s; is it installed?" % (self._docker, error.strerror)) from None
-
-    def _check_running(self):
-        if not self._is_running:
-            raise SandboxGone(
-                "[%s] the sandbox is not running: it was not started, or has been stopped" % self.sandbox_id
-            )
 
 
 def _text(data):
@@ -7928,7 +7929,7 @@ class AssistantService:
             if name not in known:
                 hint = rock_ms.did_you_mean(name, known or ["none"])
                 raise ApiError(400, "%s has no file %s%s" % (uuid_str, rock_ms.dump_json(name), hint), param="files")
-        passages = self._knowledge.search(uuid_str, _last_question(values["messages"]), names or None)
+        passages = self._knowledge.search(uuid_str, next(user_texts(values["messages"]), ""), names or None)
         text = retrieved_text(passages, self._settings.knowledge_limit)
         if not text:
             raise ApiError(400, "No valid knowledge contents.", code="no_knowledge")
@@ -8012,17 +8013,6 @@ def _key_given(llm):
         return rock_ms.as_api_key(key) if key else None
     except ValueError as error:
         raise ApiError(400, "llm_config.api_key %s" % error, param="llm_config") from None
-
-
-def _last_question(messages):
-    """The text of the last message of the user's."""
-    for message in reversed(messages):
-        if message.get("role") == "user":
-            content = message.get("content")
-            parts = content if isinstance(content, list) else [{"text": content}]
-            texts = [part.get("text") for part in parts if isinstance(part, dict)]
-            return "\n".join(text for text in texts if isinstance(text, str))
-    return ""
 
 
 def _gathered(pieces, bot):
