@@ -176,6 +176,8 @@ def test_bad_header_is_refused(service, fields, words):
 def test_lines_that_end_in_bare_LF_are_refused_at_once(service):
     check_refused(service.port, get().replace(b"\r\n", b"\n"), 400, CRLF)
     check_refused(service.port, b"\n" + get(), 400, CRLF)
+    (answer,) = answers(talk(service.port, get().replace(b"\r\n", b"\n")))  # which is all that comes
+    answer.check_error(400, CRLF)
 
 
 def test_http10_request_cannot_have_two_hosts(service):
@@ -375,6 +377,11 @@ def test_client_that_reset_its_connection_is_gone():
             connection.read_head()
         with pytest.raises(ClientGone):
             connection.write(b"x")
+
+
+def test_client_that_takes_nothing_more_is_gone():
+    with SlowClient([], seconds=100) as client, pytest.raises(ClientGone):
+        client.connection().write(b"x" * 10**7)
 
 
 # Well-formed, but refused -------------------------------------------------------------------------------------------

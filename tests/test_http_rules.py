@@ -16,7 +16,7 @@ from collections import namedtuple
 
 import pytest
 
-from rock_ms import MAX_TARGET_BYTES
+from rock_ms import MAX_TARGET_BYTES, request_head, response_head
 from support import TIMEOUT, Proxy, running, talk
 from upstream import Upstream
 
@@ -584,3 +584,18 @@ def test_rules_that_stand_elsewhere_do(module):
         text = file.read()
     missing = [name for _, _, place, name in ELSEWHERE if place == module and "\ndef %s(" % name not in text]
     assert missing == []
+
+
+UNSENDABLE = [
+    ("X", "a\r\nY: b"), ("X", "a\nb"), ("X", "a\rb"), ("X", "a\0"), ("X", "\x7f"), ("X\r\nY", "a"), ("X Y", "a"),
+    ("X:", "a"), ("", "a"), ("\xe9", "a"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("field", UNSENDABLE, ids=repr)
+def test_field_that_would_break_a_header_is_not_sent(field):
+    fields = [("A", "b"), field, ("C", "d")]
+    with pytest.raises(ValueError, match="cannot be sent"):
+        response_head(200, fields)
+    with pytest.raises(ValueError, match="cannot be sent"):
+        request_head("GET", "/", fields)
