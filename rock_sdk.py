@@ -4275,7 +4275,8 @@ class ToolRegistry:
     """The nodes and OpenAPI documents of all tenants.
 
     path: of the file; made where it is missing, readable by this user only, since it holds the nodes' keys.  Each
-    method is one transaction.  Raises StorageError.
+    method is one transaction.  Where the file is removed or replaced meanwhile, what it held can be read on, and
+    nothing is written: the next manager would not find it.  Raises StorageError.
     """
 
     def __init__(self, path: str):
@@ -4302,6 +4303,7 @@ class ToolRegistry:
             )
             insert = "INSERT INTO manager SELECT ? WHERE NOT EXISTS (SELECT 1 FROM manager)"
             self._database.execute(insert, [uuid.uuid4().hex])
+            self._file = os.stat(path)
 
     @contextlib.contextmanager
     def _storing(self):
@@ -4312,55 +4314,62 @@ class ToolRegistry:
             raise StorageError("the registry %s: %s" % (self._path, error)) from error
 
     def _ask(self, statement, *values):
-        """The rows, and how many were changed."""
+        """The rows that answer a question."""
         with self._storing():
-            cursor = self._database.execute(statement, values)
-            return cursor.fetchall(), cursor.rowcount
+            return self._database.execute(statement, values).fetchall()
+
+    def _change(self, statement, *values):
+        """How many rows were changed."""
+        with self._storing():
+            now = os.stat(self._path)
+            if not os.path.samestat(now, self._file) or not now.st_size:
+                raise StorageError("the registry %s was replaced, or emptied, while it was in use" % self._path)
+            return self._database.execute(statement, values).rowcount
 
     @property
     def manager_id(self) -> str:
         """Of whoever manages these nodes: the same as long as the file lives."""
-        return self._ask("SELECT manager_id FROM manager")[0][0][0]
+        return self._ask("SELECT manager_id FROM manager")[0][0]
 
     def node(self, tenant_id: str, tool_name: str) -> Node | None:
         """A tenant's tool."""
         where = _SELECT_NODES + " WHERE tenant_id = ? AND tool_name = ?"
-        return next((Node(*row) for row in self._ask(where, tenant_id, tool_name)[0]), None)
+        return next((Node(*row) for row in self._ask(where, tenant_id, tool_name)), None)
 
     def nodes(self, tenant_id: str | None = None) -> list:
         """All tools of a tenant, or of all tenants."""
         where = _SELECT_NODES + " WHERE ? IS NULL OR tenant_id = ? ORDER BY tenant_id, tool_name"
-        return [Node(*row) for row in self._ask(where, tenant_id, tenant_id)[0]]
+        return [Node(*row) for row in self._ask(where, tenant_id, tenant_id)]
 
     def put(self, node: Node) -> None:
         """Add a tool, or replace it."""
         values = [getattr(node, spec.name) for spec in fields(Node)]
-        self._ask("REPLACE INTO nodes VALUES (%s)" % ", ".join("?" * len(values)), *values)
+        self._change("REPLACE INTO nodes VALUES (%s)" % ", ".join("?" * len(values)), *values)
 
     def change(self, node: Node, **values) -> bool:
         """Change what is known of a node; whether it is still the tool's node."""
         places = ", ".join("%s = ?" % name for name in values)
         where = "UPDATE nodes SET %s WHERE tenant_id = ? AND tool_name = ? AND node_id = ?" % places
-        return bool(self._ask(where, *values.values(), node.tenant_id, node.tool_name, node.node_id)[1])
+        return bool(self._change(where, *values.values(), node.tenant_id, node.tool_name, node.node_id))
 
     def forget(self, node: Node) -> None:
         """Remove a tool, unless it has another node by now."""
         where = "DELETE FROM nodes WHERE tenant_id = ? AND tool_name = ? AND node_id = ?"
-        self._ask(where, node.tenant_id, node.tool_name, node.node_id)
+        self._change(where, node.tenant_id, node.tool_name, node.node_id)
 
     def document(self, tenant_id: str, name: str) -> dict | None:
         """A tenant's OpenAPI document."""
         where = "SELECT document FROM documents WHERE tenant_id = ? AND name = ?"
-        return next((rock_ms.parse_json(text) for (text,) in self._ask(where, tenant_id, name)[0]), None)
+        return next((rock_ms.parse_json(text) for (text,) in self._ask(where, tenant_id, name)), None)
 
     def document_names(self, tenant_id: str) -> list:
         """The names of all OpenAPI documents of a tenant."""
         where = "SELECT name FROM documents WHERE tenant_id = ? ORDER BY name"
-        return [name for (name,) in self._ask(where, tenant_id)[0]]
+        return [name for (name,) in self._ask(where, tenant_id)]
 
     def put_document(self, tenant_id: str, name: str, document: dict) -> None:
         """Add a document, or replace it."""
-        self._ask("REPLACE INTO documents VALUES (?, ?, ?)", tenant_id, name, rock_ms.dump_json(document))
+        self._change("REPLACE INTO documents VALUES (?, ?, ?)", tenant_id, name, rock_ms.dump_json(document))
 
     def close(self) -> None:
         """Close the file."""
@@ -4825,11 +4834,27 @@ class ToolManager:
         try:
             self._join()  # those that the last requests have begun
             if self._settings.on_stop == "remove" and self._has_adopted:
-                live = [node for node in self._registry.nodes() if node.is_live]
-                self._in_parallel(lambda node: self._end(node, "exited", STOPPED), live)
+                self._end_all()
         finally:
             self._client.close()
             self._registry.close()
+
+    def _end_all(self):
+        """End the nodes that the registry knows, or, where it cannot be read, all that there are."""
+        try:
+            live = [node for node in self._registry.nodes() if node.is_live]
+        except StorageError as error:
+            self._logger.error("ending all nodes, whatever they are: %s", error)
+            runtime = self._runtimes[self._settings.runtime]
+            self._in_parallel(partial(self._remove, runtime), runtime.left())
+        else:
+            self._in_parallel(self._end_at_stop, live)
+
+    def _end_at_stop(self, node):
+        try:
+            self._end(node, "exited", STOPPED)
+        except StorageError as error:
+            self._logger.error("that %s has ended is not noted: %s", node.name, error)
 
     # What tenants ask for.
 
