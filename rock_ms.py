@@ -249,6 +249,12 @@ class ReplyBroken(Exception):
     status = 502
 
 
+class NotRecorded(ReplyBroken):
+    """An answer cannot be written down, so that its end is kept back.  The message has paths in it: it is for logs."""
+
+    status = 500
+
+
 class ApiError(RockError):
     """An error to be answered over HTTP, in OpenAI's shape.
 
@@ -5671,7 +5677,7 @@ class ProxyCall:
             raise
         except StorageError as error:
             self._record_quietly(500, "the answer could not be recorded", is_partial=True)
-            raise ReplyBroken("it cannot be recorded: %s" % error) from None
+            raise NotRecorded("it cannot be recorded: %s" % error) from None
         except Exception as error:
             if not isinstance(error, ClientGone):
                 self._record_quietly(500, "an internal error", is_partial=True)

@@ -6094,9 +6094,12 @@ class KnowledgeBase:
                 yield None
                 return
             with contextlib.closing(self._connect(path)) as database:
+                file = os.stat(path)
                 database.execute("BEGIN IMMEDIATE" if is_made else "BEGIN")  # all that is read is of one state
                 yield database
                 database.execute("COMMIT")
+                if is_made and not os.path.samestat(file, os.stat(path)):
+                    raise StorageError("knowledge: %s was replaced while a file was added" % path)
 
     def _make(self, path):
         """Make a file whole, or find it so."""
@@ -6104,8 +6107,9 @@ class KnowledgeBase:
             if os.path.exists(path):
                 return
             new = path + ".new"
-            with contextlib.suppress(FileNotFoundError):  # of one that was killed here
-                os.remove(new)
+            for name in (new, path + "-wal", path + "-shm"):  # of one that was killed here, or of a file that is gone
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(name)
             os.close(os.open(new, os.O_RDWR | os.O_CREAT, 0o600))
             with contextlib.closing(self._connect(new)) as database:
                 database.execute("CREATE TABLE names (name PRIMARY KEY, digest)")
@@ -6483,7 +6487,7 @@ class ModelAnswer:
 
     reply: a Reply of the proxy.  request: what was sent.  secrets: what its errors must not tell, though the model
     server may.  completion: once all has come, the whole of it.
-    Raises ApiError with what the model server said is wrong, ClientGone.
+    Raises ApiError with what the model server said is wrong, ClientGone, StorageError where it cannot be recorded.
     """
 
     def __init__(self, reply: rock_ms.Reply, request: dict, secrets: rock_ms.Secrets):
@@ -6522,6 +6526,8 @@ class ModelAnswer:
                     raise ApiError(502, "the model server's answer has more than %d bytes" % MAX_MODEL_ANSWER_BYTES)
                 yield piece
             self.close(True)
+        except rock_ms.NotRecorded as error:
+            raise StorageError("the model's answer: %s" % error) from None
         except rock_ms.ReplyBroken as error:
             raise ApiError(error.status, "the model server: %s" % error, code="model_server_error") from None
         finally:
@@ -7606,8 +7612,9 @@ class ChatCall:
                     yield from self._end(index, stream, "stop")
             yield from self._usage()
             yield rock_ms.SSE_DONE
-        except ApiError as error:
-            yield rock_ms.sse_event(rock_ms.parse_json(error.body().decode("utf-8")))
+        except (ApiError, StorageError) as error:
+            told = error if isinstance(error, ApiError) else rock_ms.storage_failure()
+            yield rock_ms.sse_event(rock_ms.parse_json(told.body().decode("utf-8")))
             raise rock_ms.ReplyBroken(str(error)) from None
 
     def _events_of(self, number, choice, streams):
@@ -8056,7 +8063,7 @@ def _streamed(pieces):
             yield first.encode("utf-8", "replace")
             for piece in pieces:
                 yield piece.encode("utf-8", "replace")
-        except ApiError as error:
+        except (ApiError, StorageError) as error:
             raise rock_ms.ReplyBroken(str(error)) from None
 
     return rock_ms.Reply(200, b"", "text/plain; charset=utf-8", pieces=texts(), done=lambda _: pieces.close())
@@ -8092,6 +8099,8 @@ class AssistantServer(rock_ms.Server):
         except OSError as error:
             raise StorageError("cannot make %s: %s" % (upload_dir, error.strerror)) from None
         trajectory = rock_ms.AppendFile(settings.recording_file or os.path.join(data_dir, ASSISTANT_TRAJ_NAME))
+        with trajectory.locked():  # or it would be noticed once a model has answered that nothing can be recorded
+            pass
         try:
             knowledge = KnowledgeBase(os.path.join(knowledge_dir, "files"))
         except NoTextSearch as error:  # which most agents do not need
