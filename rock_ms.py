@@ -73,6 +73,7 @@ FALLBACK_DATA_DIR = "~/.rock/logs"
 NO_SSL = "this Python has no ssl module, which https needs"
 
 EXIT_FAILED, EXIT_USAGE, EXIT_NOT_YET = 1, 2, 75
+OUT_OF_DESCRIPTORS = frozenset((errno.EMFILE, errno.ENFILE))
 STOP_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))  # that end a service
 
 MAX_HEAD_BYTES = 64 * 1024  # request line and header fields together; agents send long tokens, not novels
@@ -3055,8 +3056,8 @@ def recorded_turns(path: str) -> dict:
 def process_identity(pid: int) -> str | None:
     """What tells a living process from a later one with its number; None for one that is gone or a zombie.
 
-    That is its start time from /proc.  Without /proc it is "", and neither a recycled number nor a zombie that is not
-    our own child can be told.
+    That is its start time from /proc.  Without /proc, or a descriptor to read it, it is "", and neither a recycled
+    number nor a zombie that is not our own child can be told.
     """
     try:
         with open("/proc/%d/stat" % pid, "rb") as file:
@@ -3162,10 +3163,12 @@ class ServiceState:
         return state if isinstance(state, dict) else {}
 
     def is_running(self) -> bool:
-        """Whether a service holds this directory now."""
+        """Whether a service holds this directory now.  Raises StorageError where no descriptor is left to look."""
         try:
             descriptor = os.open(self._lock_path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
+        except OSError as error:
+            if error.errno in OUT_OF_DESCRIPTORS:
+                raise StorageError("cannot open %s: %s" % (self._lock_path, error.strerror)) from error
             return False
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -3926,7 +3929,7 @@ def _listen(service, host, port):
             try:
                 sock, address = self.socket.accept()
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE):
+                if error.errno in OUT_OF_DESCRIPTORS:
                     service.logger.error("no descriptor is left for another connection: raise 'ulimit -n'")
                     service.stopping.wait(0.1)
                 raise
@@ -4335,7 +4338,7 @@ class AgentWatch:
         """Drop the processes that are gone; end the session, and say so, when none is left."""
         with self._lock:
             for pid, identity in list(self._watched.items()):
-                if identity is None or process_identity(pid) != identity:
+                if identity is None or process_identity(pid) not in (identity, ""):  # "": it lives, as far as one sees
                     self._logger.info("the watched process %d has gone", pid)
                     del self._watched[pid]
             if self._watched:
@@ -6762,9 +6765,9 @@ class ToolWorker:
         import subprocess
 
         command = [*interpreter(), "-c", _RUN_WORKER, os.path.abspath(__file__)]
-        data = own_bytecode() + _line(spec)
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
         try:
+            data = own_bytecode() + _line(spec)
             self._process = subprocess.Popen(command, env=environ, start_new_session=True, **streams)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error

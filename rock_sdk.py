@@ -4065,11 +4065,14 @@ class ProcessRuntime:
         return {**kept, NODE_VARIABLE: node_id}
 
     def ended(self, node: Node) -> tuple[int | None, str] | None:
-        """(exit code, how) of a node that is not there any more; None of one that is."""
+        """(exit code, how) of a node that is not there any more; None of one that is.  Raises NodeError."""
         child = self._children.get(node.node_id)
         if child is None:  # of an earlier manager
             data_dir = os.path.join(self._place(node.node_id), "data")
-            return None if rock_ms.ServiceState(data_dir).is_running() else (None, "it ended")
+            try:
+                return None if rock_ms.ServiceState(data_dir).is_running() else (None, "it ended")
+            except StorageError as error:
+                raise NodeError("it cannot be seen whether it runs: %s" % _reason(error.__cause__)) from None
         code = child.poll()
         if code is None:
             return None
@@ -4722,8 +4725,12 @@ class ManagerSettings:
 
 
 def is_free_port(port: int) -> bool:
-    """Whether a node could listen on a port of this machine."""
-    with socket.socket() as sock:
+    """Whether a node could listen on a port of this machine.  Raises ApiError 503 where no descriptor is left."""
+    try:
+        sock = socket.socket()
+    except OSError as error:
+        raise ApiError(503, "the tool manager cannot look for a port: %s" % error.strerror) from None
+    with sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             sock.bind(("", port))
