@@ -87,6 +87,7 @@ BODY_BYTES_PER_SECOND = 16 * 1024
 SEND_SECONDS = 60.0  # for each piece of this size that a client does not take:
 SEND_PIECE_BYTES = 256 * 1024
 LINGER_SECONDS = 2.0  # after an early refusal we read on so long, or the client sees a reset and not the reason
+MAX_LOG_BYTES = 16 * 1024 * 1024  # of a service's own log, some 150,000 requests; one earlier such part is kept
 STOP_SECONDS = 5.0  # how long open connections may take to finish when the service stops
 START_SECONDS = 30.0  # for the service to answer after `start`
 TOOL_LOAD_SECONDS = 120.0  # for a tool to be loaded, whatever it imports
@@ -2555,6 +2556,32 @@ def write_whole(path: str, data: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def bound_log(path: str) -> None:
+    """Where a log has become larger than MAX_LOG_BYTES, move the end of it, as much as that, to `path`.1.
+
+    It is emptied, not renamed: others append to it, too, as their standard error.  Where there is no room for a copy
+    there is none, as what is to be stored is worth more.
+    """
+    try:
+        size = os.path.getsize(path)
+    except OSError:
+        return
+    if size <= MAX_LOG_BYTES:
+        return
+    from shutil import copyfileobj
+
+    earlier = path + ".1"
+    try:
+        with open(path, "rb") as file, open(earlier, "wb") as kept:
+            file.seek(size - MAX_LOG_BYTES)
+            copyfileobj(file, kept, READ_BLOCK_BYTES)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(earlier)
+    with contextlib.suppress(OSError):
+        os.truncate(path, 0)
 
 
 class LockedFile:
@@ -7718,7 +7745,10 @@ def raise_descriptor_limit() -> None:
 
 
 def open_logger(path: str, is_loud: bool) -> object:
-    """The service's own log; with is_loud also on standard error.  Raises OSError."""
+    """The service's own log; with is_loud also on standard error.  Raises OSError.
+
+    It is bounded (`bound_log`), and begun anew where somebody has moved it away.
+    """
     import logging
 
     class Logger(logging.Logger):
@@ -7729,12 +7759,32 @@ def open_logger(path: str, is_loud: bool) -> object:
         def format(self, record):  # or a line with a lone surrogate in it would be lost, and a traceback in its place
             return as_utf8(super().format(record)).decode("utf-8", "backslashreplace")
 
+    class Handler(logging.FileHandler):
+        def emit(self, record):
+            with contextlib.suppress(OSError):
+                bound_log(self.baseFilename)
+                self._look()
+            super().emit(record)
+
+        def _look(self):
+            if not _is_file_of(self.stream.fileno(), self.baseFilename):
+                earlier, self.stream = self.stream, self._open()
+                earlier.close()
+
     logger = Logger("rock-ms", logging.INFO)
-    handlers = [logging.FileHandler(path, encoding="utf-8")] + ([logging.StreamHandler()] if is_loud else [])
+    handlers = [Handler(path, encoding="utf-8")] + ([logging.StreamHandler()] if is_loud else [])
     for handler in handlers:
         handler.setFormatter(Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
     return logger
+
+
+def _is_file_of(descriptor, path):
+    """Whether a path still leads to the file that was opened there."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _start_in_background(settings, paths, args, flags, state):

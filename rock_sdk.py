@@ -4088,6 +4088,10 @@ class ProcessRuntime:
             return ""
         return said.replace(os.fsencode(self._place(node.node_id)) + b"/", b"").decode("utf-8", "replace")
 
+    def bound_log(self, node_id: str) -> None:
+        """Keep what a node says from filling the disk."""
+        rock_ms.bound_log(self._log_path(node_id))
+
     def remove(self, node_id: str) -> None:
         """Kill whatever belongs to the node, and remove its directory.  Raises RockError."""
         child = self._children.pop(node_id, None)
@@ -4181,6 +4185,9 @@ class DockerRuntime:
         """What the node said, the end of it."""
         _, output, errors = self._call(["logs", "--tail=%d" % LAST_LINES, self._name(node.node_id)])
         return output + "\n" + errors
+
+    def bound_log(self, node_id: str) -> None:
+        """The engine does it."""
 
     def remove(self, node_id: str) -> None:
         """Remove the container, with all that runs in it.  Raises NodeError."""
@@ -4794,6 +4801,7 @@ class ToolManager:
             # Those that came meanwhile are in the registry before there is anything of them.
             known = {node.node_id for node in self._registry.nodes() if node.is_live}
             for node_id in left:
+                runtime.bound_log(node_id)
                 if node_id not in known and not self._stopping.is_set():
                     self._logger.info("removing the node %s, which is nobody's", node_id)
                     self._remove(runtime, node_id)
@@ -6813,6 +6821,10 @@ class VLLMServer:
         """Whether it is there, and has not ended."""
         return self._process is not None and self._process.poll() is None
 
+    def bound_log(self) -> None:
+        """Keep what it says from filling the disk."""
+        rock_ms.bound_log(self._log_path)
+
     def close(self) -> None:
         """End it, with all that it began.  Harmless a second time, and where it was not started."""
         if self._process is None:
@@ -6836,6 +6848,7 @@ class VLLMServer:
             self._port = sock.getsockname()[1]
         command = [sys.executable, "-I", "-S", "-c", _SUPERVISE, str(KILL_SECONDS), sys.executable, "-m", _VLLM_MODULE]
         command += [*self._words, "--host", "127.0.0.1", "--port", str(self._port)]
+        self.bound_log()
         try:
             with open(self._log_path, "ab") as log:
                 self._log_start = log.tell()
@@ -7386,9 +7399,11 @@ class ModelClients:
 
     def own(self) -> ModelClient:
         """Of the model server that the settings name.  Raises ApiError 503 where that is a vLLM that has ended."""
-        if self._vllm and not self._vllm.is_alive():
-            message = "vLLM has ended; its log says why, and a new start of the assistant begins it again"
-            raise ApiError(503, message, code="model_server_gone")
+        if self._vllm:
+            self._vllm.bound_log()
+            if not self._vllm.is_alive():
+                message = "vLLM has ended; its log says why, and a new start of the assistant begins it again"
+                raise ApiError(503, message, code="model_server_gone")
         return self._at(self._own_url)
 
     def gauges(self) -> dict:

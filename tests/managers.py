@@ -91,6 +91,9 @@ class FakeRuntime:
     def said(self, _):
         return self.words
 
+    def bound_log(self, _):
+        pass
+
     def begin(self, node, order, is_unwanted):
         self.begun.append((node, order))
         while not self.may_begin.wait(0.005):

@@ -514,6 +514,9 @@ class StartedVLLM:
     def is_alive(self):
         return self.is_there
 
+    def bound_log(self):
+        pass
+
 
 @pytest.fixture
 def vllm_clients(tmp_path):
