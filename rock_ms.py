@@ -7686,12 +7686,18 @@ def serving(state: ServiceState, settings, published: dict, open_server, logging
         logger.info("started: %s, pid %d, %s:%d, %s", *where)
         yield {**published, **ready}, logger
     finally:
-        server.stop()
         try:
-            state.write(stopped_state(published))
-        except StorageError as error:
-            logger.error("the next service will take this one for killed: %s", error)
-        logger.info("stopped")
+            server.stop()
+        finally:
+            _note_stop(state, published, logger)
+
+
+def _note_stop(state, published, logger):
+    try:
+        state.write(stopped_state(published))
+    except StorageError as error:
+        logger.error("the next service will take this one for killed: %s", error)
+    logger.info("stopped")
 
 
 def run_service(state: ServiceState, ready_fd: int | None, service) -> int:
@@ -7708,6 +7714,7 @@ def run_service(state: ServiceState, ready_fd: int | None, service) -> int:
             with service as (said, logger):
                 if ready_fd is not None:
                     _tell(ready_fd, dump_json(said))
+                    ready_fd = None  # which may be another file by now; our standard error is the log
                 number = signal.sigwait(signals)
                 logger.info("stopping: %s", signal.Signals(number).name)
         finally:
@@ -7948,6 +7955,8 @@ def stop_service(state: ServiceState, seconds: float = 2 * STOP_SECONDS) -> int:
     pid = state.verified_pid(PROBE_SECONDS)
     if pid is None:
         message = "the %s of %s is not a process of this machine; stop it where it runs"
+        if "pid" not in state.read():
+            message = "the %s of %s runs, and its state file does not say as which process; its log does: end that"
         raise RockError(message % (state.title, state.data_dir))
     for number, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, STOP_SECONDS)):
         identity = process_identity(pid)
