@@ -5486,7 +5486,8 @@ class ToolServiceProxy:
 
     tool_cfg: what the tool is made with.  tool_service_manager_url: by default TOOL_MANAGER_SERVICE_URL, else port
     31511 of this machine.  user_token: sent along as X-Modelscope-Agent-Token.  timeout: how many seconds the tool may
-    take to run.  TOOL_MANAGER_AUTH is the manager's key.  name, description, parameters: what the tool says of itself.
+    take to run.  TOOL_MANAGER_AUTH is the manager's key.  client: the socket of whoever waits, where it is another; its
+    hang-up ends a wait with ClientGone.  name, description, parameters: what the tool says of itself.
 
     Raises ToolError with the reason where the tool does not run.
     """
@@ -5499,6 +5500,7 @@ class ToolServiceProxy:
         tool_service_manager_url: str | None = None,
         user_token: str | None = None,
         timeout: float = CREATE_SECONDS,
+        client: object = None,
     ):
         self.tool_name = tool_name
         self.tool_cfg = tool_cfg or {}
@@ -5506,6 +5508,7 @@ class ToolServiceProxy:
         url = tool_service_manager_url or os.environ.get("TOOL_MANAGER_SERVICE_URL") or DEFAULT_MANAGER_URL
         self.tool_service_manager_url = url.rstrip("/")
         self.user_token = user_token
+        self._client = client
         message = self._ask("/create_tool_service", {"tool_cfg": self.tool_cfg})[1]
         if message:
             logger.warning("%s: %s", tool_name, message)
@@ -5547,35 +5550,34 @@ class ToolServiceProxy:
 
     def _ask(self, path, more=None, user_token=None):
         """(output, message) of an answer."""
-        import urllib.error
-        import urllib.request
-
         value = {"tool_name": self.tool_name, "tenant_id": self.tenant_id, **(more or {})}
         try:
             body = rock_ms.dump_json(value).encode("utf-8")
         except (TypeError, ValueError, RecursionError) as error:
             raise ToolError("what the tool is given cannot be sent as JSON: %s" % error) from None
-        headers = {"Content-Type": "application/json", **self._keys(user_token or self.user_token)}
+        headers = (("Content-Type", "application/json"), *self._keys(user_token or self.user_token).items())
         try:
-            request = urllib.request.Request(self.tool_service_manager_url + path, body, headers)
-            with _opener(self.tool_service_manager_url).open(request, timeout=CREATE_SECONDS) as response:
-                answer = _parsed(response.read(MAX_ANSWER_BYTES))
+            url = rock_ms.as_url(self.tool_service_manager_url)
+            status, data = self._fetch(HTTPCall("POST", url + path, headers, body))
+            if not 200 <= status < 300:
+                raise ToolError(_error_said(status, data), status)
+            answer = _parsed(data)
             return answer["output"], answer.get("message", "")
-        except urllib.error.HTTPError as error:
-            with error:
-                raise ToolError(_error_said(error), error.code) from None
-        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, UsageError, rock_ms.UpstreamError) as error:
             message = "no tool manager answers at %s: %s"
-            raise ToolError(message % (self.tool_service_manager_url, getattr(error, "reason", error))) from None
+            raise ToolError(message % (self.tool_service_manager_url, error)) from None
 
+    def _fetch(self, call):
+        """(status, body) of an answer: on this machine asked directly, elsewhere as HTTP_PROXY and NO_PROXY say."""
+        from urllib.parse import urlsplit
 
-def _opener(url):
-    """Who sends a request: on this machine directly, elsewhere as HTTP_PROXY and NO_PROXY say."""
-    import urllib.request
-    from urllib.parse import urlsplit
-
-    is_here = urlsplit(url).hostname in LOCAL_HOSTS
-    return rock_ms.direct_opener(*([urllib.request.ProxyHandler({})] if is_here else []))
+        proxies = {} if urlsplit(call.url).hostname in LOCAL_HOSTS else rock_ms.http_proxies(os.environ)
+        with contextlib.ExitStack() as stack:
+            pool = stack.enter_context(contextlib.closing(rock_ms.UpstreamPool(proxies)))
+            client = self._client
+            if client is None:  # one that never hangs up
+                client = [stack.enter_context(end) for end in socket.socketpair()][0]
+            return fetch(pool, call, client, CREATE_SECONDS)
 
 
 def _parsed(data):
@@ -5585,13 +5587,13 @@ def _parsed(data):
         raise ValueError("its answer is not JSON: %s" % error) from None
 
 
-def _error_said(error):
+def _error_said(status, data):
     """What a tool manager's error says."""
-    said = error.read(READ_BYTES).decode("utf-8", "replace")
+    said = data.decode("utf-8", "replace")
     try:
         return str(rock_ms.json_object(said, "it")[1]["message"])
     except (ValueError, LookupError):
-        return "the tool manager answered %d: %s" % (error.code, said[:MAX_SAID_CHARACTERS])
+        return "the tool manager answered %d: %s" % (status, said[:MAX_SAID_CHARACTERS])
 
 
 # ======================================================================================================================
@@ -6678,6 +6680,11 @@ class Model:
         body = {**self.options, "model": self._name, "messages": messages, "stream": True, **more}
         return self._client.ask(body, self._caller)
 
+    @property
+    def client(self) -> object:
+        """The socket of whoever waits for what it answers."""
+        return self._caller.sock
+
     def look(self) -> None:
         """Raise ClientGone where the caller has hung up."""
         rock_ms.ClientWatch(self._caller.sock).look()
@@ -7005,6 +7012,7 @@ class RolePlay:
         self._max_turns = max_turns
         self._manager = {"tenant_id": tenant_id, "user_token": user_token}
         self._manager["tool_service_manager_url"] = tool_service_manager_url
+        self._manager["client"] = llm.client if isinstance(llm, Model) else None
         self._tools = {}  # by name; None for those of the caller
         self.functions = [self._taken(item, use_tool_api) for item in function_list or ()]
         self.tool_calls = []
