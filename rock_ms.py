@@ -7769,14 +7769,16 @@ def open_logger(path: str, is_loud: bool) -> object:
     class Handler(logging.FileHandler):
         def emit(self, record):
             with contextlib.suppress(OSError):
-                bound_log(self.baseFilename)
                 self._look()
             super().emit(record)
 
         def _look(self):
-            if not _is_file_of(self.stream.fileno(), self.baseFilename):
+            info = _stat(self.baseFilename)
+            if info is None or not os.path.samestat(info, os.fstat(self.stream.fileno())):
                 earlier, self.stream = self.stream, self._open()
                 earlier.close()
+            elif info.st_size > MAX_LOG_BYTES:
+                bound_log(self.baseFilename)
 
     logger = Logger("rock-ms", logging.INFO)
     handlers = [Handler(path, encoding="utf-8")] + ([logging.StreamHandler()] if is_loud else [])
@@ -7786,12 +7788,12 @@ def open_logger(path: str, is_loud: bool) -> object:
     return logger
 
 
-def _is_file_of(descriptor, path):
-    """Whether a path still leads to the file that was opened there."""
+def _stat(path):
+    """What a path leads to, None where it leads to nothing."""
     try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+        return os.stat(path)
     except FileNotFoundError:
-        return False
+        return None
 
 
 def _start_in_background(settings, paths, args, flags, state):
