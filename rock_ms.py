@@ -413,14 +413,12 @@ _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _FIELD_VALUE = r"[\t \x21-\x7e\x80-\xff]*"
 _FIELD = re.compile(r"(%s):(%s)\Z" % (_TOKEN, _FIELD_VALUE))
 _FIELDS_TO_SEND = re.compile(r"(?:\r\n%s: %s)*\Z" % (_TOKEN, _FIELD_VALUE))
-_METHOD = re.compile(_TOKEN.encode() + rb"\Z")
+_METHOD = re.compile(_TOKEN + r"\Z")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t \x21-\x7e\x80-\xff]*)?\Z")
-_TARGET = re.compile(rb"[\x21\x22\x24-\x7e]+\Z")  # no "#": a fragment is the client's own
+_TARGET = re.compile(r"[\x21\x22\x24-\x7e]+\Z")  # no "#": a fragment is the client's own
 _HOST = re.compile(r"(?:\[[\w.~!$&'()*+,;=%:-]+\]|(?:[\w.~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)(?::[0-9]*)?\Z", re.ASCII)
-_LONE_LF = re.compile(rb"(?<!\r)\n")
-_BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n)")
-_VERSION = re.compile(rb"HTTP/([0-9])\.([0-9])\Z")
-_STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?\Z")
+_VERSION = re.compile(r"HTTP/([0-9])\.([0-9])\Z")
+_STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?\Z")
 _JSON_TYPE = re.compile(r"application/(?:[\w.+-]+\+)?json\Z")
 
 
@@ -454,9 +452,9 @@ class RequestHead:
 
 def parse_request_head(head: bytes) -> RequestHead:
     """Read a request's header, given without its final empty line.  Raises ProtocolError with the status to answer."""
-    if _BARE_LINE_END.search(head):
+    if _has_bare_line_end(head):
         raise ProtocolError(400, "a line of the request header does not end in CRLF")
-    first, *lines = head.split(b"\r\n")
+    first, *lines = head.decode("latin-1").split("\r\n")
     method, target, is_http10 = _parse_request_line(first)
     headers = tuple((name.lower(), value) for name, value in map(_parse_field, lines))
     _check_host(headers, is_http10)
@@ -470,8 +468,17 @@ def parse_request_head(head: bytes) -> RequestHead:
     )
 
 
+def _has_lone_lf(data):
+    return data.count(b"\n") != data.count(b"\r\n")
+
+
+def _has_bare_line_end(data):
+    """Whether it has an LF or a CR without the other."""
+    return _has_lone_lf(data) or data.count(b"\r") != data.count(b"\n")
+
+
 def _parse_request_line(line):
-    parts = line.split(b" ")
+    parts = line.split(" ")
     if len(parts) != 3:
         raise ProtocolError(400, "the request line is not 'METHOD target HTTP/1.1'")
     method, target, version = parts
@@ -484,9 +491,9 @@ def _parse_request_line(line):
     numbers = _VERSION.match(version)
     if not numbers:
         raise ProtocolError(400, "the request line does not end in HTTP/1.1")
-    if numbers.group(1) != b"1":
+    if numbers.group(1) != "1":
         raise ProtocolError(505, "this server speaks HTTP/1.1 and HTTP/1.0")
-    return method.decode(), target.decode(), numbers.group(2) == b"0"
+    return method, target, numbers.group(2) == "0"
 
 
 def _split_target(target):
@@ -502,13 +509,12 @@ def _split_target(target):
 
 
 def _parse_field(line):
-    text = line.decode("latin-1")
-    match = _FIELD.match(text)
+    match = _FIELD.match(line)
     if match:
         return match.group(1), match.group(2).strip(" \t")
-    if text[:1] in (" ", "\t"):
+    if line[:1] in (" ", "\t"):
         raise ProtocolError(400, "a header field is folded over two lines")
-    name = re.match(_TOKEN + ":", text)
+    name = re.match(_TOKEN + ":", line)
     if not name:
         raise ProtocolError(400, "a header line is not 'Name: value'")
     raise ProtocolError(400, "a header field has a control character", param=name.group()[:-1])
@@ -576,9 +582,9 @@ def parse_response_head(head: bytes, is_head: bool = False) -> ResponseHead:
 
     is_head: it answers a HEAD request, so that no body follows whatever it says.
     """
-    if _BARE_LINE_END.search(head):
+    if _has_bare_line_end(head):
         raise ProtocolError(502, "a line of the response header does not end in CRLF")
-    first, *lines = head.split(b"\r\n")
+    first, *lines = head.decode("latin-1").split("\r\n")
     match = _STATUS_LINE.match(first)
     if not match:
         raise ProtocolError(502, "what came is no HTTP/1.1 response")
@@ -586,13 +592,13 @@ def parse_response_head(head: bytes, is_head: bool = False) -> ResponseHead:
         headers = tuple(map(_parse_field, lines))
     except ProtocolError as error:
         raise ProtocolError(502, "in the response, %s" % error) from None
-    if match.group(1) == b"0" and any(name.lower() == "transfer-encoding" for name, _ in headers):
+    if match.group(1) == "0" and any(name.lower() == "transfer-encoding" for name, _ in headers):
         raise ProtocolError(502, "Transfer-Encoding in an HTTP/1.0 response")
     status, lowered = int(match.group(2)), tuple((name.lower(), value) for name, value in headers)
     length, is_chunked = _response_framing(lowered)
     if is_head or status in (204, 304):
         length, is_chunked = 0, False
-    keep_alive = match.group(1) != b"0" and "close" not in _tokens(lowered, "connection")
+    keep_alive = match.group(1) != "0" and "close" not in _tokens(lowered, "connection")
     return ResponseHead(status, headers, length, is_chunked, keep_alive)
 
 
@@ -727,7 +733,7 @@ class ChunkedBody:
         if self._trailer_bytes > MAX_HEAD_BYTES:
             raise ProtocolError(431, "the trailer section is longer than %d bytes" % MAX_HEAD_BYTES)
         if line:
-            _parse_field(line)
+            _parse_field(line.decode("latin-1"))
         self.is_done = not line
 
 
@@ -3536,7 +3542,7 @@ class Connection:
                 head = bytes(self._buffer[:end])
                 del self._buffer[: end + 4]
                 return parse_request_head(head)
-            if _LONE_LF.search(self._buffer):
+            if _has_lone_lf(self._buffer):
                 raise ProtocolError(400, "a line of the request header does not end in CRLF")
             if not self._receive(deadline):
                 if not self._buffer:
@@ -4833,7 +4839,7 @@ class UpstreamConnection:
                     return head, bytes(buffer)
                 watch.look()  # there may be no end of interim responses
                 continue
-            if not b"HTTP/1.".startswith(bytes(buffer[:7])) or _LONE_LF.search(buffer):
+            if not b"HTTP/1.".startswith(bytes(buffer[:7])) or _has_lone_lf(buffer):
                 raise _unreadable("what came is no HTTP/1.1 response")
             try:
                 data = self.receive(watch, deadline)
