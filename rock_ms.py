@@ -154,7 +154,14 @@ def parse_json(text: str, object_pairs_hook=None) -> object:
 
 def compact_json(text: str) -> str:
     """A valid JSON text without the white space between its tokens: one line, every token as it was written."""
-    return _STRING_OR_SPACE.sub(r"\1", text)
+    parts, is_string = [], False
+    for part in text.split('"'):  # on long strings many times as quick as a pattern
+        if is_string:
+            is_string = (len(part) - len(part.rstrip("\\"))) % 2 == 1  # it goes on: the quote behind it is escaped
+        else:
+            part, is_string = "".join(part.split()), True
+        parts.append(part)
+    return '"'.join(parts)
 
 
 def dump_json(value: object) -> str:

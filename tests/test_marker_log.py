@@ -116,9 +116,20 @@ def test_whole_record_right_behind_a_torn_marker_is_read(torn):
     assert (record.index, record.body) == (4, b'{"c":1}')
 
 
-def test_compacting_changes_no_token():
-    original = '{ "a" : 1.10 ,\n\t"b":[ 1e400, 12345678901234567890123, "x  y\\u0041 \\" " ],\r "a":2 }'
-    expected = '{"a":1.10,"b":[1e400,12345678901234567890123,"x  y\\u0041 \\" "],"a":2}'
+@pytest.mark.parametrize(
+    "original, expected",
+    [
+        (
+            '{ "a" : 1.10 ,\n\t"b":[ 1e400, 12345678901234567890123, "x  y\\u0041 \\" " ],\r "a":2 }',
+            '{"a":1.10,"b":[1e400,12345678901234567890123,"x  y\\u0041 \\" "],"a":2}',
+        ),
+        (r'[ "\\" , "\\\" , " , "" , "\\\\" ]', r'["\\","\\\" , ","","\\\\"]'),  # two, three and four backslashes
+        (' "\u2028 \xa0" ', '"\u2028 \xa0"'),
+        (" true\n", "true"),
+    ],
+)
+def test_compacting_changes_no_token(original, expected):
+    json.loads(original)
     assert rock_ms.compact_json(original) == expected
 
 
