@@ -2600,9 +2600,9 @@ def bound_log(path: str) -> None:
 class LockedFile:
     """A file that this process has locked for writing.  Made by `AppendFile.locked`.  size: in bytes."""
 
-    def __init__(self, descriptor, path):
+    def __init__(self, descriptor, size, path):
         self.descriptor = descriptor
-        self.size = os.fstat(descriptor).st_size
+        self.size = size
         self._path = path
 
     def append(self, line: bytes) -> int:
@@ -2688,10 +2688,9 @@ class AppendFile:
     def locked(self):
         """Hold the file against every other writer; yields a LockedFile.  Raises StorageError."""
         with held(self._lock, self.path):
-            descriptor = self._open_locked()
+            file = self._open_locked()
             try:
-                file = LockedFile(descriptor, self.path)
-                if file.size and os.pread(descriptor, 1, file.size - 1) != b"\n":
+                if file.size and os.pread(file.descriptor, 1, file.size - 1) != b"\n":
                     file.append(b"\n")
                 yield file
             finally:
@@ -2715,20 +2714,22 @@ class AppendFile:
                 descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
             except OSError as error:
                 raise StorageError("cannot open %s: %s" % (self.path, error.strerror)) from error
-            if self._try_lock(descriptor):
-                return descriptor
+            size = self._size_if_locked(descriptor)
+            if size is not None:
+                return LockedFile(descriptor, size, self.path)
             os.close(descriptor)
             if time.monotonic() > deadline:
                 raise StorageError("%s stays locked by another process" % self.path)
             time.sleep(0.001)
 
-    def _try_lock(self, descriptor):
-        """Lock it, unless another holds it or the path has come to mean another file in the meantime."""
+    def _size_if_locked(self, descriptor):
+        """Lock it; its size, None where another holds it or the path has come to mean another file in the meantime."""
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return os.path.samestat(os.fstat(descriptor), os.stat(self.path))
+            info = os.fstat(descriptor)
+            return info.st_size if os.path.samestat(info, os.stat(self.path)) else None
         except (BlockingIOError, FileNotFoundError):
-            return False
+            return None
         except OSError as error:
             os.close(descriptor)
             raise StorageError("cannot lock %s: %s" % (self.path, error.strerror)) from error
@@ -2838,11 +2839,13 @@ def _lines_backwards(descriptor, size):
     while size > 0:
         length = min(SCAN_BLOCK_BYTES, size)
         size -= length
-        first, *others = os.pread(descriptor, length, size).split(b"\n")
-        for line in reversed(others):
-            yield line + b"".join(reversed(pieces))
-            pieces = []
-        pieces.append(first)
+        block, end = os.pread(descriptor, length, size), length
+        at = block.rfind(b"\n")
+        while at >= 0:
+            yield block[at + 1 : end] + b"".join(reversed(pieces))
+            pieces, end = [], at
+            at = block.rfind(b"\n", 0, end)
+        pieces.append(block[:end])
     yield b"".join(reversed(pieces))
 
 

@@ -183,11 +183,11 @@ def test_file_that_was_moved_away_while_its_lock_was_waited_for_is_not_taken(log
     log.append("request", "{}", 1)
     descriptor = os.open(log.path, os.O_RDWR)
     try:
-        assert log._file._try_lock(descriptor)
+        assert log._file._size_if_locked(descriptor) == os.path.getsize(log.path)
         os.rename(log.path, str(tmp_path / "moved"))
-        assert not log._file._try_lock(descriptor)
+        assert log._file._size_if_locked(descriptor) is None
         log.append("request", "{}", 1)
-        assert not log._file._try_lock(descriptor)
+        assert log._file._size_if_locked(descriptor) is None
     finally:
         os.close(descriptor)
 
