@@ -50,7 +50,8 @@ from dataclasses import dataclass, field, fields, replace
 from operator import ge, gt, le, lt
 
 # Imports that only the running service needs stand in the functions that need them: `anti-call-llm` runs once a
-# turn, and http.server alone would double the time it takes to start.
+# turn, and http.server alone would double the time it takes to start.  Patterns that neither a request nor a turn is
+# read with are texts, which `re` compiles where they are first used.
 
 # ======================================================================================================================
 # Names and limits: the words of the wire formats, and every bound, with its reason.
@@ -1942,14 +1943,14 @@ def one_of(*words: str):
     return parse
 
 
-_BASE_URL = re.compile(r"https?://(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?(?:/[!$&-;=@-Z_a-z~%]*)?\Z")
+_BASE_URL = r"https?://(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?(?:/[!$&-;=@-Z_a-z~%]*)?\Z"
 
 
 def as_url(value: object) -> str:
     """A setting that is a base URL, without its last slash.  Raises UsageError for one with a key in it."""
     if "@" in str(value).partition("://")[2].partition("/")[0]:
         raise UsageError("a base URL must not hold a key: give it in ROCK_MODEL_SERVICE_UPSTREAM_API_KEY")
-    match = _BASE_URL.match(str(value))
+    match = re.match(_BASE_URL, str(value))
     if not match or not 0 < int(match.group(1) or 1) < 65536:
         raise ValueError("must be a base URL, as https://host/v1")
     return str(value).rstrip("/")
@@ -2247,19 +2248,19 @@ _YAML_WORDS = {
     **{word: True for base in ("yes", "true", "on") for word in (base, base.title(), base.upper())},
     **{word: False for base in ("no", "false", "off") for word in (base, base.title(), base.upper())},
 }
-_YAML_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)\Z")
-_YAML_FLOAT = re.compile(r"[-+]?(0|[1-9][0-9]*)\.[0-9]*\Z")
-_YAML_AMBIGUOUS = re.compile(
+_YAML_INT = r"[-+]?(0|[1-9][0-9]*)\Z"
+_YAML_FLOAT = r"[-+]?(0|[1-9][0-9]*)\.[0-9]*\Z"
+_YAML_AMBIGUOUS = (
     r"([-+]?0[0-7_]+|[-+]?0[oxXbB][0-9a-fA-F_]+|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?|[-+]?[0-9][0-9_]*\.?[0-9_]*"
     r"([eE][-+]?[0-9]+)?|[-+]?\.[0-9_]+([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)|<<|=|[yYnN]"
     r"|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([Tt \t].*)?)\Z"
 )
 _YAML_ESCAPES = dict(zip('0abtnvfre"\\/ ', '\0\a\b\t\n\v\f\r\x1b"\\/ '))
-_YAML_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))")
-_YAML_QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"|\'((?:[^\']|\'\')*)\'')
-_YAML_BLOCK_TEXT = re.compile(r"([|>])([-+]?)(?: +#.*)?\Z")
-_YAML_PLAIN_IN_FLOW = re.compile(r"(?::(?! |[,\[\]{}]|$)|[^,\[\]{}#:?]|(?<! )#)*")
-_YAML_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff\ufffe\uffff]")
+_YAML_ESCAPE = r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))"
+_YAML_QUOTED = r'"((?:[^"\\]|\\.)*)"|\'((?:[^\']|\'\')*)\''
+_YAML_BLOCK_TEXT = r"([|>])([-+]?)(?: +#.*)?\Z"
+_YAML_PLAIN_IN_FLOW = r"(?::(?! |[,\[\]{}]|$)|[^,\[\]{}#:?]|(?<! )#)*"
+_YAML_UNPRINTABLE = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff\ufffe\uffff]"
 _YAML_MAX_DEPTH = 32
 _YAML_MAX_KEY = 1000  # a little below YAML's own limit
 _YAML_MAX_NUMBER = 100
@@ -2269,7 +2270,7 @@ def parse_yaml(text: str) -> object:
     """The value of a YAML text.  Raises ValueError that starts with the line number."""
     lines = re.findall(r".*\n|.+", re.sub(r"\r\n?", "\n", text))
     for number, line in enumerate(lines, 1):
-        if _YAML_UNPRINTABLE.search(line):
+        if re.search(_YAML_UNPRINTABLE, line):
             raise _yaml_error(number, "a control character: use an escape in double quotes")
     return _YamlBlock(lines).read()
 
@@ -2373,7 +2374,7 @@ class _YamlBlock:
 
     def _value(self, number, indent, rest):
         """The value that stands behind a key or dash, or is the block text that begins there."""
-        header = _YAML_BLOCK_TEXT.match(rest)
+        header = re.match(_YAML_BLOCK_TEXT, rest)
         if header:
             text = self._block_text(self._block_text_indent(indent))
             return _yaml_chomp(_yaml_fold(text) if header.group(1) == ">" else text, header.group(2))
@@ -2407,7 +2408,7 @@ class _YamlBlock:
     def _split_key(number, content):
         """(key, what follows its colon), or None where the line is no mapping entry."""
         if content[0] in "\"'":
-            quoted = _YAML_QUOTED.match(content)
+            quoted = re.match(_YAML_QUOTED, content)
             rest = content[quoted.end() :].lstrip(" ") if quoted else ""
             if not rest.startswith(":") or rest[1:2] not in ("", " "):
                 return None
@@ -2453,7 +2454,7 @@ def _yaml_value(number, text):
 
 def _yaml_scalar(number, text):
     if text[0] in "\"'":
-        quoted = _YAML_QUOTED.match(text)
+        quoted = re.match(_YAML_QUOTED, text)
         if not quoted:
             raise _yaml_error(number, "a quote that does not end on its line")
         return _yaml_unquote(number, quoted), text[quoted.end() :]
@@ -2474,7 +2475,7 @@ def _yaml_unquote(number, quoted):
         except (KeyError, ValueError, OverflowError):
             raise _yaml_error(number, "the escape %s is not understood" % match.group(0)) from None
 
-    return _YAML_ESCAPE.sub(unescape, quoted.group(1))
+    return re.sub(_YAML_ESCAPE, unescape, quoted.group(1))
 
 
 def _yaml_plain(number, text):
@@ -2486,11 +2487,11 @@ def _yaml_plain(number, text):
         )
     if "\t" in text:
         raise _yaml_error(number, "a tab in a value: use quotes")
-    if _YAML_INT.match(text) and len(text) <= _YAML_MAX_NUMBER:
+    if re.match(_YAML_INT, text) and len(text) <= _YAML_MAX_NUMBER:
         return int(text)
-    if _YAML_FLOAT.match(text) and len(text) <= _YAML_MAX_NUMBER:
+    if re.match(_YAML_FLOAT, text) and len(text) <= _YAML_MAX_NUMBER:
         return float(text)
-    if _YAML_AMBIGUOUS.match(text):
+    if re.match(_YAML_AMBIGUOUS, text):
         raise _yaml_error(number, "a value that YAML readers take for different things: use quotes for a text")
     return text
 
@@ -2526,7 +2527,7 @@ def _yaml_flow_item(number, text, depth):
     elif text[:1] in ('"', "'"):
         item, rest = _yaml_scalar(number, text)
     else:
-        plain = _YAML_PLAIN_IN_FLOW.match(text).group(0)
+        plain = re.match(_YAML_PLAIN_IN_FLOW, text).group(0)
         if not plain.strip(" ") or plain.startswith(":"):
             raise _yaml_error(number, "an entry of a list or mapping is missing")
         item, rest = _yaml_plain(number, plain.strip(" ")), text[len(plain) :]
@@ -2694,7 +2695,7 @@ class AppendFile:
                     file.append(b"\n")
                 yield file
             finally:
-                os.close(descriptor)
+                os.close(file.descriptor)
 
     def close_torn_line(self) -> None:
         """End a half-written last line, so that a reader sees what the next writer would.  Raises StorageError."""
@@ -3072,7 +3073,7 @@ def recorded_status(record: dict) -> int:
     raise ValueError("status must be a number from 100 to 599, got %s" % dump_json(status))
 
 
-_TRAJ_LINE_END = re.compile(rb'"error":null,[^{}]*"end_time":([0-9.]+),[^{}]*"status":([0-9]+),"index":([0-9]+)\}\n\Z')
+_TRAJ_LINE_END = rb'"error":null,[^{}]*"end_time":([0-9.]+),[^{}]*"status":([0-9]+),"index":([0-9]+)\}\n\Z'
 
 
 def recorded_turns(path: str) -> dict:
@@ -3083,7 +3084,7 @@ def recorded_turns(path: str) -> dict:
     turns = {}
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         for line in file:
-            match = _TRAJ_LINE_END.search(line[-512:])
+            match = re.search(_TRAJ_LINE_END, line[-512:])
             if match:
                 end_time, status, index = match.groups()
                 turns[int(index)] = int(status), float(end_time)
@@ -7350,14 +7351,14 @@ def tool_server(settings: ServiceSettings, logger) -> Server:
 # Reading trajectories: what `traj` shows of each call. One line of the file is in memory at a time.
 # ======================================================================================================================
 
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_UNPRINTABLE = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
 _TRAJ_COLUMNS = "%5s  %-19s  %-24s  %6s  %9s  %8s  %8s  %s"
 TRAJ_HEADER = _TRAJ_COLUMNS % ("line", "time", "model", "status", "latency", "tok. in", "tok. out", "what")
 
 
 def printable(text: str) -> str:
     """A text that a terminal shows and does not obey: control characters as escapes, line ends and tabs as they are."""
-    return _UNPRINTABLE.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
+    return re.sub(_UNPRINTABLE, lambda match: match.group().encode("unicode_escape").decode(), text)
 
 
 @dataclass(frozen=True)
@@ -8244,16 +8245,31 @@ exit codes: 0 printed, 1 failed, 2 bad usage, 75 not yet (--timeout is over; the
 }
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Leaves the lines of descriptions and examples as they are.
+
+    Newer Pythons make one for each flag that is added, and for its width would import shutil, which takes longer than
+    all of the parser.
+    """
+
+    def __init__(self, prog):
+        try:
+            width = int(os.environ.get("COLUMNS") or os.get_terminal_size().columns or 80)
+        except (OSError, ValueError):
+            width = 80
+        super().__init__(prog, width=width - 2)
+
+
 def command_parser(prog: str, description: str, epilog: str) -> tuple:
     """A parser of commands, and what `add_command` adds them to."""
-    parser = argparse.ArgumentParser(prog=prog, description=description, epilog=epilog)
+    parser = argparse.ArgumentParser(prog=prog, description=description, epilog=epilog, formatter_class=HelpFormatter)
     parser.add_argument("--version", action="version", version="rock-model-service " + __version__)
     return parser, parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """The parser of all commands."""
-    description = "The ROCK model service: an agent's LLM calls, answered by a trainer or a model's server."
+    description = "The ROCK model service: LLM calls, answered by a trainer or a model's server."
     epilog = "Try '%(prog)s demo' first.  Each command has its own --help, with examples."
     parser, commands = command_parser(prog, description, epilog)
     _add_start(_add_command(commands, "start", command_start, "start the service in the background"))
@@ -8272,7 +8288,7 @@ def add_command(commands, name: str, function, help: str, examples: dict, has_da
         help=help,
         description=function.__doc__,
         epilog=examples.get(name),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.set_defaults(function=function, parser=parser)

@@ -502,6 +502,42 @@ def test_version_and_help_speak_of_every_command():
 
 
 @pytest.mark.everywhere
+@pytest.mark.parametrize("columns, shortest, longest", [("60", 40, 58), ("200", 100, 198), ("wide", 60, 78)])
+def test_help_is_as_wide_as_the_terminal(columns, shortest, longest):
+    options = run_cli("start", "--help", check=0, env=clean_environ(COLUMNS=columns)).out.split("optional arguments:")
+    options = options[-1].split("options:")[-1].split("examples:")[0]
+    assert shortest < max(map(len, options.splitlines())) <= longest
+
+
+# What takes long to import, and no turn needs.
+NEEDLESS = (
+    "email",
+    "http",
+    "logging",
+    "random",
+    "select",
+    "selectors",
+    "shutil",
+    "socket",
+    "subprocess",
+    "urllib.parse",
+)
+
+
+@pytest.mark.everywhere
+def test_turn_imports_nothing_that_it_does_not_need(tmp_path):
+    code = "import sys; sys.path.insert(0, %r); import rock_ms; rock_ms.main(); print(*sys.modules)"
+    log = rock_ms.MarkerLog(str(tmp_path / rock_ms.LOG_FILE_NAME))
+    log.append("request", json.dumps(chat()), 1)
+    log.append("request", json.dumps(chat()), 2)
+    command = [sys.executable, "-I", "-S", "-c", code % os.path.dirname(SCRIPT), "anti-call-llm", "--index", "1"]
+    command += ["--response", ANSWER, "--data-dir", str(tmp_path)]
+    request, modules = subprocess.check_output(command, env=clean_environ(), timeout=TIMEOUT).decode().splitlines()
+    assert json.loads(request) == chat()
+    assert [name for name in NEEDLESS if name in modules.split()] == []
+
+
+@pytest.mark.everywhere
 def test_rocks_own_spelling_is_understood(tmp_path):
     assert "usage:" in run_cli("model-service", "start", "--help", check=0).out
     assert "no model service" in run_cli("model-service", "stop", "--data-dir", tmp_path, check=0).out
