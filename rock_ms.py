@@ -4150,7 +4150,8 @@ class LocalSession:
             self._log.append("request", text, index)
             with self._lock:
                 turn = self._turns.get(index) or self._add_turn(index, digest)
-                return self._add_call(turn, None, is_client_gone)
+                # A quick trainer's answer may have been read by now.
+                return self._add_call(turn, self._read_answer(turn), is_client_gone)
 
     def close_call(self, call: Call, delivered_status: int | None) -> None:
         """End a call.  delivered_status: of the answer that was sent whole, None where none was."""

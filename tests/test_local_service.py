@@ -12,7 +12,7 @@ import threading
 import pytest
 
 import rock_ms
-from support import TIMEOUT, Later, ask, chat, completion, raw_request, running, wait_until
+from support import TIMEOUT, Later, ask, chat, completion, nothing_left, raw_request, running, wait_until
 
 RETRY = {"x-stainless-retry-count": "1"}
 
@@ -303,6 +303,30 @@ def test_same_request_while_an_answer_is_on_its_way_waits_for_what_becomes_of_it
     assert first.closed.is_waited_for.wait(TIMEOUT)
     session.close_call(first, status)
     assert again.result().turn.index == (1 if is_retry and status == 200 else index)
+
+
+class QuickLog(rock_ms.MarkerLog):
+    """Has each request answered, and the answer read by its `session`, before whoever wrote it hears of it."""
+
+    session = None
+
+    def append(self, kind, text, index):
+        offset = super().append(kind, text, index)
+        self.append_response(index, "{}")
+        wait_until(lambda: self.session.gauges()["rock_local_turns_answered"] == index)
+        return offset
+
+
+def test_answer_that_was_read_before_its_call_could_wait_reaches_it(tmp_path):
+    log = QuickLog(str(tmp_path / "log"))
+    log.session = session = rock_ms.LocalSession(log, 0.01, None)
+    with nothing_left():
+        session.start()
+        try:
+            call = session.open_call("{}", is_retry=False)
+            assert call.response and call.response.body == b"{}"
+        finally:
+            session.stop()
 
 
 def test_other_body_after_a_hangup_is_a_new_turn(service):
