@@ -2806,16 +2806,24 @@ class Place:
     end: int = 0
 
 
+_PLAIN_META = re.compile(rb'_END\{"timestamp": [0-9]{1,20}, "index": ([1-9][0-9]{0,18})\}\r?\Z')
+_PLAIN_META_BYTES = 80  # the longest that matches
+
+
 def find_place(descriptor: int, size: int, index: int) -> Place:
     """Find a turn by reading backwards from `size`.
 
     Requests stand in the order of their index and an answer stands behind its request, so the search ends at request
-    `index`: it costs what was written since, and the memory of the longest line.
+    `index`: it costs what was written since, and the memory of the longest line.  Of later turns, which are many where
+    many requests wait at once, only the last bytes are looked at.
     """
     lines = _lines_backwards(descriptor, size)
-    place = Place(end=size - len(next(lines)))
-    for line in lines:
-        record = parse_record(line)
+    place = Place(end=size - sum(map(len, next(lines))))
+    for pieces in lines:
+        meta = _PLAIN_META.search(pieces[-1][-_PLAIN_META_BYTES:])
+        if meta and int(meta.group(1)) > index + 1:
+            continue
+        record = parse_record(b"".join(pieces))
         if record is None:
             continue
         if record.kind == "end":
@@ -2835,7 +2843,8 @@ def find_place(descriptor: int, size: int, index: int) -> Place:
 
 
 def _lines_backwards(descriptor, size):
-    """Yield a file's lines from the last to the first; the very first one yielded is what follows the last newline."""
+    """Yield a file's lines from the last to the first, each as its pieces; the very first is what follows the last
+    newline."""
     pieces = []  # of the line being put together, last first
     while size > 0:
         length = min(SCAN_BLOCK_BYTES, size)
@@ -2843,11 +2852,11 @@ def _lines_backwards(descriptor, size):
         block, end = os.pread(descriptor, length, size), length
         at = block.rfind(b"\n")
         while at >= 0:
-            yield block[at + 1 : end] + b"".join(reversed(pieces))
+            yield [block[at + 1 : end], *reversed(pieces)]
             pieces, end = [], at
             at = block.rfind(b"\n", 0, end)
         pieces.append(block[:end])
-    yield b"".join(reversed(pieces))
+    yield pieces[::-1]
 
 
 def check_streamable(request: Record, text: str) -> None:

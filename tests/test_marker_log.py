@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import threading
 
 import pytest
@@ -298,6 +299,20 @@ class _CountingFile:
     def _total():
         with open("/proc/self/io") as file:
             return int(file.read().split("rchar: ")[1].split()[0])
+
+
+def test_answering_the_first_of_many_that_wait_does_not_read_each_of_them(log):
+    for index in range(1, 200):
+        log.append("request", "{}", index)
+    log.append("response", "{}", 199)
+    read = []
+    sys.setprofile(lambda frame, event, _: event == "call" and read.append(frame.f_code.co_name))
+    try:
+        place = log.append_response(1, "{}")
+    finally:
+        sys.setprofile(None)
+    assert (place.request.index, place.next_request.index) == (1, 2)
+    assert read.count("parse_record") == 2
 
 
 def test_answer_is_written_once_however_often_it_is_given(log):
