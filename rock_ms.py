@@ -4092,8 +4092,9 @@ class LocalSession:
         self._append_lock = threading.Lock()
         self._lock = threading.Lock()
         self._turns = {}  # index -> Turn, of all that may still be asked for
-        self._by_digest = {}  # digest of the request's text -> [Turn], oldest first
+        self._open = {}  # digest of the request's text -> [Turn], of those not delivered yet, oldest first
         self._finished = {}  # index -> None, of delivered turns, oldest first
+        self._delivered = {}  # digest -> the last of these that was delivered as a success
         self._last_index = 0
         self._answered = 0
         self._waiting = 0
@@ -4165,11 +4166,14 @@ class LocalSession:
     def close_call(self, call: Call, delivered_status: int | None) -> None:
         """End a call.  delivered_status: of the answer that was sent whole, None where none was."""
         with self._lock:
-            call.turn.calls.remove(call)
+            turn = call.turn
+            turn.calls.remove(call)
             call.closed.set()
             self._waiting -= 1
-            if delivered_status is not None and call.turn.index in self._turns:
-                self._finish(call.turn, delivered_status)
+            if delivered_status is not None:
+                turn.delivered_status = delivered_status
+            if turn.delivered_status is not None and not turn.calls:
+                self._finish(turn, turn.delivered_status)
 
     def end(self) -> None:
         """Write SESSION_END, once; it is acted on when it is read back.  Raises StorageError."""
@@ -4194,14 +4198,23 @@ class LocalSession:
         """
         deadline = time.monotonic() + DELIVERY_SECONDS
         with self._lock:
-            calls = [call for turn in self._by_digest.get(digest, ()) for call in turn.calls if call.is_leaving]
+            calls = [call for turn in self._same(digest) for call in turn.calls if call.is_leaving]
         for call in calls:
             if is_retry or call.is_abandoned():
                 call.closed.wait(max(0, deadline - time.monotonic()))
 
+    def _same(self, digest):
+        """The turns that a request with this text may belong to.
+
+        Delivered ones are looked for by retries only, and each of them is as good as the last: an agent that asks the
+        same again and again must not have all of them looked at.
+        """
+        delivered = self._delivered.get(digest)
+        return [*([delivered] if delivered else ()), *self._open.get(digest, ())]
+
     def _find_turn(self, digest, is_retry):
         retried = None
-        for turn in self._by_digest.get(digest, ()):
+        for turn in self._same(digest):
             is_waited_for = turn.is_waited_for()
             if turn.delivered_status is None and not is_waited_for:
                 return turn
@@ -4220,23 +4233,30 @@ class LocalSession:
         turn = Turn(index, digest)
         self._last_index = index
         self._turns[index] = turn
-        self._by_digest.setdefault(digest, []).append(turn)
+        self._open.setdefault(digest, []).append(turn)
         self._last_activity = time.monotonic()
         return turn
 
     def _finish(self, turn, status):
         turn.delivered_status = status
+        same = self._open.get(turn.digest, [])
+        if turn in same:
+            same.remove(turn)
+            if not same:
+                del self._open[turn.digest]
+        if turn.index not in self._turns:
+            return  # forgotten, while it was delivered once more
         self._finished[turn.index] = None
+        if status < 400:
+            self._delivered[turn.digest] = turn
         while len(self._finished) > MAX_FINISHED_TURNS:
             self._forget(next(iter(self._finished)))
 
     def _forget(self, index):
         del self._finished[index]
         turn = self._turns.pop(index)
-        same = self._by_digest[turn.digest]
-        same.remove(turn)
-        if not same:
-            del self._by_digest[turn.digest]
+        if self._delivered.get(turn.digest) is turn:
+            del self._delivered[turn.digest]
 
     def _read_answer(self, turn):
         """The answer's record, None where there is none yet.  Raises StorageError where the log has lost it."""

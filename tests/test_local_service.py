@@ -1,5 +1,6 @@
 """The local type: an agent's calls over HTTP, answered through the marker log."""
 
+import gc
 import http.client
 import json
 import os
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import tracemalloc
 
 import pytest
 
@@ -327,6 +329,58 @@ def test_answer_that_was_read_before_its_call_could_wait_reaches_it(tmp_path):
             assert call.response and call.response.body == b"{}"
         finally:
             session.stop()
+
+
+def test_same_request_again_and_again_does_not_look_at_all_of_its_turns(tmp_path):
+    session = rock_ms.LocalSession(rock_ms.MarkerLog(str(tmp_path / "log")), 0.1, None)
+    for status in [200] * 100 + [500]:
+        session.close_call(session.open_call("{}", is_retry=False), status)
+    looked_at = []
+    sys.setprofile(lambda frame, event, _: event == "call" and looked_at.append(frame.f_code.co_name))
+    try:
+        calls = [session.open_call("{}", is_retry) for is_retry in (True, False)]
+    finally:
+        sys.setprofile(None)
+    assert [call.turn.index for call in calls] == [100, 102]
+    assert looked_at.count("is_waited_for") <= 4
+
+
+def test_retry_of_an_error_that_another_call_still_waits_for_shares_its_turn(tmp_path):
+    session = rock_ms.LocalSession(rock_ms.MarkerLog(str(tmp_path / "log")), 0.1, None)
+    calls = [session.open_call("{}", is_retry) for is_retry in (False, True)]
+    session.close_call(calls[0], 500)
+    assert session.open_call("{}", is_retry=True).turn.index == 1
+
+
+def test_many_turns_cost_no_more_memory_than_some(tmp_path, monkeypatch):
+    monkeypatch.setattr(rock_ms, "MAX_FINISHED_TURNS", 2)
+    session = rock_ms.LocalSession(rock_ms.MarkerLog(str(tmp_path / "log")), 0.1, None)
+
+    def memory_after(numbers):
+        for number in numbers:
+            session.close_call(session.open_call('{"n":%d}' % number, is_retry=False), 200)
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        before = memory_after(range(500))
+        assert memory_after(range(500, 1500)) < before + 20 * 1000
+    finally:
+        tracemalloc.stop()
+
+
+def test_turns_that_were_delivered_are_forgotten_in_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(rock_ms, "MAX_FINISHED_TURNS", 2)
+    session = rock_ms.LocalSession(rock_ms.MarkerLog(str(tmp_path / "log")), 0.1, None)
+    taken_over = None
+    for number in range(1, 6):
+        session.close_call(session.open_call('{"n":%d}' % number, is_retry=False), 400 if number == 2 else 200)
+        taken_over = taken_over or session.open_call('{"n":1}', is_retry=True)
+    session.close_call(taken_over, 200)
+    turns = [session.open_call('{"n":%d}' % number, is_retry=True).turn.index for number in range(1, 6)]
+    assert turns == [6, 7, 8, 4, 5]
+    assert taken_over.turn.index == 1
 
 
 def test_other_body_after_a_hangup_is_a_new_turn(service):
