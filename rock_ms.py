@@ -192,14 +192,20 @@ def _finite(value):
     return value
 
 
-def json_object(text: str, what: str) -> tuple[str, dict]:
-    """Check that `text` is one JSON object; return it as one line, and its value.  Raises ValueError naming `what`."""
+def parse_object(text: str, what: str) -> dict:
+    """The value of a JSON text that must be one object.  Raises ValueError naming `what`."""
     try:
         value = parse_json(text)
     except ValueError as error:
         raise ValueError("%s is not JSON: %s" % (what, error)) from None
     if not isinstance(value, dict):
         raise ValueError("%s must be a JSON object, got %s" % (what, json_type(value)))
+    return value
+
+
+def json_object(text: str, what: str) -> tuple[str, dict]:
+    """The same, and the text as one line, which takes several times as long.  Raises ValueError naming `what`."""
+    value = parse_object(text, what)
     return compact_json(text), value
 
 
@@ -1383,10 +1389,10 @@ def parse_arguments(params: object) -> tuple[str, dict]:
     text = params if isinstance(params, str) else "" if params is None else _json_text(params, "params")
     text = text if text.strip() else "{}"
     try:
-        return text, json_object(text, "params")[1]
+        return text, parse_object(text, "params")
     except ValueError:
         text = re.sub(r'"[^"\\]*(?:\\[^\x00-\x1f][^"\\]*)*"', _escaped_controls, text)
-        return text, json_object(text, "params")[1]
+        return text, parse_object(text, "params")
 
 
 def _escaped_controls(match):
@@ -2864,7 +2870,7 @@ def check_streamable(request: Record, text: str) -> None:
     if b'"stream"' not in request.body:
         return
     try:
-        body = json_object(request.text, "the request")[1]
+        body = parse_object(request.text, "the request")
     except ValueError:
         return  # another writer's, which no agent of ours waits for
     answer = parse_json(text)
@@ -5930,7 +5936,7 @@ class RecordedCall:
     @classmethod
     def of(cls, line: bytes, number: int) -> RecordedCall:
         """Read a line.  Raises ValueError that says what is wrong with it."""
-        value = json_object(line.decode("utf-8"), "the line")[1]
+        value = parse_object(line.decode("utf-8"), "the line")
         if "response" not in value or "request" not in value:
             raise ValueError("a call needs both request and response")
         method, path = value.get("method", "POST"), value.get("path", "/v1/chat/completions")
@@ -8125,7 +8131,7 @@ def _show_calls(file, args):
         if not line.strip():
             continue
         try:
-            record = json_object(line.decode("utf-8"), "the line")[1]
+            record = parse_object(line.decode("utf-8"), "the line")
             summary = CallSummary.of(number, record)
         except ValueError as error:
             is_torn = not line.endswith(b"\n")

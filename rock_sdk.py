@@ -3541,7 +3541,7 @@ class ModelService:
 
     def _parsed(self, request):
         try:
-            return rock_ms.json_object(request, "request %d" % (self.last_index + 1))[1]
+            return rock_ms.parse_object(request, "request %d" % (self.last_index + 1))
         except ValueError as error:
             raise self._shell.error("%s", error) from None
 
@@ -4170,7 +4170,7 @@ class DockerRuntime:
         if code != 0 and re.search("no such (object|container)", errors.lower()):
             return None, "its container was removed"
         try:
-            state = rock_ms.json_object(said, "it")[1]
+            state = rock_ms.parse_object(said, "it")
         except ValueError:
             message = "docker does not say whether its container runs: %s"
             raise NodeError(message % (errors or "it did not answer")) from None
@@ -5591,7 +5591,7 @@ def _error_said(status, data):
     """What a tool manager's error says."""
     said = data.decode("utf-8", "replace")
     try:
-        return str(rock_ms.json_object(said, "it")[1]["message"])
+        return str(rock_ms.parse_object(said, "it")["message"])
     except (ValueError, LookupError):
         return "the tool manager answered %d: %s" % (status, said[:MAX_SAID_CHARACTERS])
 
@@ -6568,7 +6568,7 @@ class ModelAnswer:
         """The completion."""
         data = b"".join(self._pieces())
         try:
-            self.completion = rock_ms.json_object(data.decode("utf-8"), "the model server's answer")[1]
+            self.completion = rock_ms.parse_object(data.decode("utf-8"), "the model server's answer")
             if rock_ms.error_message(self.completion):
                 raise self._error(rock_ms.error_message(self.completion))
             if not _are_choices(self.completion.get("choices")):
