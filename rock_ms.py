@@ -112,7 +112,8 @@ GONE_SECONDS = 30.0  # how long anti-call-llm lets the service be away, for a re
 LIVENESS_SECONDS = 1.0  # how often it looks
 PROBE_SECONDS = 0.5  # how long a starting service may take to get its lock from such a look, and to say who it is
 DELIVERY_SECONDS = 5.0  # that the end of an answer's sending is waited for, before the same request is looked at
-MAX_FINISHED_TURNS = 4096  # remembered for an agent's late retry; each costs some 300 bytes
+MAX_FINISHED_TURNS = 4096  # remembered for an agent's late retry; each costs some 500 bytes
+MAX_LEFT_TURNS = 65536  # the same of those whose agents hung up: all that wait may do so at once, and come again
 CONNECT_SECONDS = 15.0  # for each address of an upstream: one that does not answer must not use up a call's time
 POOL_SECONDS = 90.0  # after which a connection to an upstream that nobody needed is closed
 MAX_IDLE_UPSTREAMS = 256  # connections kept open
@@ -4101,6 +4102,7 @@ class LocalSession:
         self._open = {}  # digest of the request's text -> [Turn], of those not delivered yet, oldest first
         self._finished = {}  # index -> None, of delivered turns, oldest first
         self._delivered = {}  # digest -> the last of these that was delivered as a success
+        self._left = {}  # index -> None, of turns that nobody waits for any more, and which were not delivered
         self._last_index = 0
         self._answered = 0
         self._waiting = 0
@@ -4178,8 +4180,8 @@ class LocalSession:
             self._waiting -= 1
             if delivered_status is not None:
                 turn.delivered_status = delivered_status
-            if turn.delivered_status is not None and not turn.calls:
-                self._finish(turn, turn.delivered_status)
+            if not turn.calls:
+                self._rest(turn)
 
     def end(self) -> None:
         """Write SESSION_END, once; it is acted on when it is read back.  Raises StorageError."""
@@ -4231,6 +4233,7 @@ class LocalSession:
     def _add_call(self, turn, response, is_client_gone):
         call = Call(turn, response, is_client_gone)
         turn.calls.append(call)
+        self._left.pop(turn.index, None)
         self._waiting += 1
         self._wake.set()
         return call
@@ -4243,26 +4246,39 @@ class LocalSession:
         self._last_activity = time.monotonic()
         return turn
 
+    def _rest(self, turn):
+        """The last of its calls has ended."""
+        if turn.delivered_status is not None:
+            self._finish(turn, turn.delivered_status)
+        else:
+            self._left[turn.index] = None
+            self._forget_oldest(self._left, MAX_LEFT_TURNS)
+
     def _finish(self, turn, status):
         turn.delivered_status = status
-        same = self._open.get(turn.digest, [])
-        if turn in same:
-            same.remove(turn)
-            if not same:
-                del self._open[turn.digest]
+        self._remove_open(turn)
         if turn.index not in self._turns:
             return  # forgotten, while it was delivered once more
         self._finished[turn.index] = None
         if status < 400:
             self._delivered[turn.digest] = turn
-        while len(self._finished) > MAX_FINISHED_TURNS:
-            self._forget(next(iter(self._finished)))
+        self._forget_oldest(self._finished, MAX_FINISHED_TURNS)
 
-    def _forget(self, index):
-        del self._finished[index]
-        turn = self._turns.pop(index)
-        if self._delivered.get(turn.digest) is turn:
-            del self._delivered[turn.digest]
+    def _forget_oldest(self, indexes, limit):
+        while len(indexes) > limit:
+            index = next(iter(indexes))
+            del indexes[index]
+            turn = self._turns.pop(index)
+            self._remove_open(turn)
+            if self._delivered.get(turn.digest) is turn:
+                del self._delivered[turn.digest]
+
+    def _remove_open(self, turn):
+        same = self._open.get(turn.digest, [])
+        if turn in same:
+            same.remove(turn)
+            if not same:
+                del self._open[turn.digest]
 
     def _read_answer(self, turn):
         """The answer's record, None where there is none yet.  Raises StorageError where the log has lost it."""

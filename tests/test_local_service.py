@@ -352,13 +352,15 @@ def test_retry_of_an_error_that_another_call_still_waits_for_shares_its_turn(tmp
     assert session.open_call("{}", is_retry=True).turn.index == 1
 
 
-def test_many_turns_cost_no_more_memory_than_some(tmp_path, monkeypatch):
+@pytest.mark.parametrize("status", [200, None])
+def test_many_turns_cost_no_more_memory_than_some(tmp_path, monkeypatch, status):
     monkeypatch.setattr(rock_ms, "MAX_FINISHED_TURNS", 2)
+    monkeypatch.setattr(rock_ms, "MAX_LEFT_TURNS", 2)
     session = rock_ms.LocalSession(rock_ms.MarkerLog(str(tmp_path / "log")), 0.1, None)
 
     def memory_after(numbers):
         for number in numbers:
-            session.close_call(session.open_call('{"n":%d}' % number, is_retry=False), 200)
+            session.close_call(session.open_call('{"n":%d}' % number, is_retry=False), status)
         gc.collect()
         return tracemalloc.get_traced_memory()[0]
 
@@ -368,6 +370,21 @@ def test_many_turns_cost_no_more_memory_than_some(tmp_path, monkeypatch):
         assert memory_after(range(500, 1500)) < before + 20 * 1000
     finally:
         tracemalloc.stop()
+
+
+def test_turns_that_were_hung_up_on_are_forgotten_when_there_are_too_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(rock_ms, "MAX_LEFT_TURNS", 2)
+    session = rock_ms.LocalSession(rock_ms.MarkerLog(str(tmp_path / "log")), 0.1, None)
+    waiting = [session.open_call('{"n":%d}' % number, is_retry=False) for number in range(1, 6)]
+    for call in waiting[:2]:
+        session.close_call(call, None)
+    back = session.open_call('{"n":1}', is_retry=False)
+    assert back.turn.index == 1
+    for call in waiting[2:4]:
+        session.close_call(call, None)
+    session.close_call(back, None)
+    turns = [session.open_call('{"n":%d}' % number, is_retry=True).turn.index for number in range(1, 6)]
+    assert turns == [1, 6, 7, 4, 5], "2, and then 3, were left the longest ago; 5 is waited for all the time"
 
 
 def test_turns_that_were_delivered_are_forgotten_in_the_end(tmp_path, monkeypatch):
