@@ -2813,24 +2813,28 @@ class Place:
     end: int = 0
 
 
-_PLAIN_META = re.compile(rb'_END\{"timestamp": [0-9]{1,20}, "index": ([1-9][0-9]{0,18})\}\r?\Z')
-_PLAIN_META_BYTES = 80  # the longest that matches
+_PLAIN_META = re.compile(rb'LLM_(REQUEST|RESPONSE)_END\{"timestamp": [0-9]{1,20}, "index": ([1-9][0-9]{0,18})\}\r?\Z')
+_PLAIN_META_BYTES = 82  # the longest that matches
+
+
+def _is_beside(line_end, index):
+    """Whether the end of a line shows that it is no record of turn `index` or the next, and no earlier request."""
+    meta = _PLAIN_META.search(line_end[-_PLAIN_META_BYTES:])
+    number = int(meta.group(2)) if meta else index
+    return number > index + 1 or (number < index and meta.group(1) == b"RESPONSE")
 
 
 def find_place(descriptor: int, size: int, index: int) -> Place:
     """Find a turn by reading backwards from `size`.
 
     Requests stand in the order of their index and an answer stands behind its request, so the search ends at request
-    `index`: it costs what was written since, and the memory of the longest line.  Of later turns, which are many where
+    `index`: it costs what was written since, and the memory of the longest line.  Of other turns, which are many where
     many requests wait at once, only the last bytes are looked at.
     """
     lines = _lines_backwards(descriptor, size)
     place = Place(end=size - sum(map(len, next(lines))))
     for pieces in lines:
-        meta = _PLAIN_META.search(pieces[-1][-_PLAIN_META_BYTES:])
-        if meta and int(meta.group(1)) > index + 1:
-            continue
-        record = parse_record(b"".join(pieces))
+        record = None if _is_beside(pieces[-1], index) else parse_record(b"".join(pieces))
         if record is None:
             continue
         if record.kind == "end":

@@ -301,18 +301,21 @@ class _CountingFile:
             return int(file.read().split("rchar: ")[1].split()[0])
 
 
-def test_answering_the_first_of_many_that_wait_does_not_read_each_of_them(log):
-    for index in range(1, 200):
-        log.append("request", "{}", index)
-    log.append("response", "{}", 199)
+@pytest.mark.parametrize("index, answered", [(1, []), (1, range(2, 200)), (100, range(1, 100)), (100, range(101, 200))])
+def test_answering_one_of_many_that_wait_does_not_read_each_of_them(log, index, answered):
+    for number in range(1, 200):
+        log.append("request", "{}", number)
+    for number in answered:
+        log.append("response", "{}", number)
     read = []
     sys.setprofile(lambda frame, event, _: event == "call" and read.append(frame.f_code.co_name))
     try:
-        place = log.append_response(1, "{}")
+        place = log.append_response(index, "{}")
     finally:
         sys.setprofile(None)
-    assert (place.request.index, place.next_request.index) == (1, 2)
-    assert read.count("parse_record") == 2
+    assert (place.request.index, place.next_request.index) == (index, index + 1)
+    assert place.next_is_answered == (index + 1 in answered)
+    assert read.count("parse_record") <= 3
 
 
 def test_answer_is_written_once_however_often_it_is_given(log):
