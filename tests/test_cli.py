@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -246,6 +247,16 @@ def test_start_answers_when_it_returns_and_stop_ends_it(cli):
         "LLMService.log",
         "model_service.log",
     ]
+
+
+def test_service_holds_more_connections_than_the_soft_limit_of_open_files(cli):
+    limits = (32, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    port = start(cli, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limits))["port"]
+    with contextlib.ExitStack() as stack:
+        for _ in range(64):
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", port), TIMEOUT))
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert sock.recv(4096).startswith(b"HTTP/1.1 200 ")
 
 
 def test_second_start_says_so_and_changes_nothing(cli):
