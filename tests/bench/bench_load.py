@@ -6,8 +6,8 @@
 Each part has a service of its own, started by the command line.  The load comes from this process, the local type's
 answers from another, a trainer's, and the proxy's from a third, its upstream.  Printed are, of the service's process
 and those that it begins, together and from outside: resident memory, descriptors and threads, when a step of the load
-is over and (at their most) during it, and what the step's calls took.  In the first rows a service warms up; from then
-on rows of one name should agree.
+is over and (at their most) during it, and how long a call took, and (by processor time) those processes for it.  In
+the first rows a service warms up; from then on rows of one name should agree.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import os
 import re
 import resource
 import selectors
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -65,6 +66,14 @@ class Service:
                 listed = (len(os.listdir("/proc/%d/%s" % (pid, name))) for name in ("fd", "task"))
                 samples.append((resident_mb(pid), *listed))
         return tuple(map(sum, zip(*samples)))
+
+    def processor_seconds(self):
+        """How long all of them have been running on a processor."""
+        ticks = 0
+        for pid in processes(self.pid):
+            with contextlib.suppress(OSError), open("/proc/%d/stat" % pid) as file:
+                ticks += sum(map(int, file.read().rpartition(")")[2].split()[11:13]))
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def waiting(self):
         """Calls of agents that wait for their answers."""
@@ -117,6 +126,7 @@ class Watch:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._rest = self._most[1:]
+        self._ran = service.processor_seconds()
 
     def __enter__(self):
         self._thread.start()
@@ -146,10 +156,11 @@ class Watch:
 
     def row(self, name, calls=0, seconds=0.0):
         """What holds now, and the most since the last row."""
-        now = self._look()
+        now, ran, before = self._look(), self._service.processor_seconds(), self._ran
         with self._lock:
-            most, self._most = self._most, now
-        cost = "%8.2f ms/call" % (1000 * seconds / calls) if calls else ""
+            most, self._most, self._ran = self._most, now, ran
+        times = (seconds, ran - before)
+        cost = "%8.2f ms/call (%.2f)" % tuple(1000 * one / calls for one in times) if calls else ""
         memory, rest = "%8.1f MB (%.1f)" % (now[0], most[0]), [x for pair in zip(now[1:], most[1:]) for x in pair]
         print("%-28s %-20s  descriptors %4d (%4d)  threads %4d (%4d) %s" % (name, memory, *rest, cost), flush=True)
 
@@ -338,7 +349,8 @@ def turns(data_dir, scaled):
                 agents.finish(numbers)
             watch.settled()
             watch.row("turns to %d" % last, last - first + 1, time.perf_counter() - began)
-            place = timed(bench_proxy.SCRIPT, "anti-call-llm", "--index", str(last - 1), "--data-dir", data_dir)
+            call = ["anti-call-llm", "--index", str(last - 1), "--data-dir", data_dir]
+            place = statistics.median(timed(bench_proxy.SCRIPT, *call) for _ in range(9))
             memory, size = trainer.memory_mb, os.path.getsize(log_path) / 1e6
             fact("  the trainer's memory; the log; an anti-call-llm", "%.1f MB; %.0f MB; %.3f s", memory, size, place)
     with serving(data_dir, *words, "--resume") as service:
