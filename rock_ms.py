@@ -70,6 +70,7 @@ TRAJ_FILE_NAME = "LLMTraj.jsonl"
 STATE_NAME = "LLMService"  # of the service's state and lock files: NAME.json, NAME.lock
 DEFAULT_DATA_DIR = "/data/logs"
 FALLBACK_DATA_DIR = "~/.rock/logs"
+GIVE_DATA_DIR = "give each command another --data-dir, or set ROCK_MODEL_SERVICE_DATA_DIR"
 
 NO_SSL = "this Python has no ssl module, which https needs"
 
@@ -106,6 +107,8 @@ MAX_GUESSED_CHARACTERS = 200  # of a word that is compared with those that are k
 MIN_SECRET_LENGTH = 12  # shorter ones are words, as "unused", that stand elsewhere too
 PROXY_TIMEOUT_SECONDS = 120.0  # ROCK's default for the proxy type
 TOOL_CALL_SECONDS = 60.0  # after which a tool that hangs is killed
+PROGRESS_SECONDS = 1.0  # after which a person at a terminal is told what a command waits for, and how long by now
+MAX_BAD_LINES = 20  # of a trajectory that are named; a file of another kind has only such
 IDLE_POLL_SECONDS = 1.0  # nobody waits for an answer, only another writer's SESSION_END can come
 WATCH_SECONDS = 0.2  # how often a watched process is looked at
 GONE_SECONDS = 30.0  # how long anti-call-llm lets the service be away, for a restart with --resume
@@ -304,10 +307,15 @@ class ProtocolError(ApiError):
 
 def did_you_mean(word: str, known: list) -> str:
     """A hint at the nearest of `known`, or what there is."""
+    near = nearest(word, known)
+    return "; did you mean %r?" % near if near else "; known are %s" % ", ".join(known)
+
+
+def nearest(word: str, known: list, likeness: float = 0.6) -> str | None:
+    """The one of `known` that was meant, or None.  likeness: from 0 to 1, how much they must have in common."""
     from difflib import get_close_matches
 
-    near = get_close_matches(word[:MAX_GUESSED_CHARACTERS], known, 1)
-    return "; did you mean %r?" % near[0] if near else "; known are %s" % ", ".join(known)
+    return next(iter(get_close_matches(word[:MAX_GUESSED_CHARACTERS], known, 1, likeness)), None)
 
 
 # ======================================================================================================================
@@ -1947,6 +1955,7 @@ def one_of(*words: str):
             raise ValueError("must be %s" % " or ".join(filter(None, (", ".join(words[:-1]), words[-1]))))
         return value
 
+    parse.metavar = "{%s}" % ",".join(words)
     return parse
 
 
@@ -2152,6 +2161,9 @@ class ServiceSettings:
 
     def check(self, given: dict) -> None:
         """Refuse, with UsageError, settings that contradict each other.  given: those of the command line."""
+        for spec in fields(self):
+            if spec.metadata["only"] not in (None, self.type) and given.get(spec.name) is not None:
+                raise UsageError("%s is for --type %s" % (spec.metadata["flag"], spec.metadata["only"]))
         if self.recording_file and self.replay_file:
             raise UsageError("recording_file and replay_file exclude each other: a replay is not recorded")
         if given.get("replay_match") is not None and not self.replay_file:
@@ -2160,9 +2172,16 @@ class ServiceSettings:
             raise UsageError("replay_file is for --type proxy")
         if self.type == "tool-node" and not self.tool:
             raise UsageError("--type tool-node needs a --tool")
-        for spec in fields(self):
-            if spec.metadata["only"] not in (None, self.type) and given.get(spec.name) is not None:
-                raise UsageError("%s is for --type %s" % (spec.metadata["flag"], spec.metadata["only"]))
+
+    def unused(self) -> list:
+        """The fields that were set, and not by the environment, for another type than this one."""
+        others = [spec for spec in fields(self) if spec.metadata["only"] not in (None, self.type)]
+        default = ServiceSettings()
+        return [
+            spec
+            for spec in others
+            if not spec.metadata["env"] and getattr(self, spec.name) != getattr(default, spec.name)
+        ]
 
 
 def resolve_settings(cls: type, flags: dict, environ: dict, config_file: str | None, earlier=()) -> object:
@@ -2240,7 +2259,7 @@ def resolve_data_dir(flag: str | None, environ: dict) -> str:
         return DEFAULT_DATA_DIR
     fallback = os.path.expanduser(FALLBACK_DATA_DIR)
     if not os.path.isabs(fallback):
-        raise UsageError("%s cannot be written and this user has no home: give --data-dir" % DEFAULT_DATA_DIR)
+        raise UsageError("%s cannot be written and this user has no home; %s" % (DEFAULT_DATA_DIR, GIVE_DATA_DIR))
     return fallback
 
 
@@ -7408,8 +7427,9 @@ def tool_server(settings: ServiceSettings, logger) -> Server:
 # ======================================================================================================================
 
 _UNPRINTABLE = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
-_TRAJ_COLUMNS = "%5s  %-19s  %-24s  %6s  %9s  %8s  %8s  %s"
-TRAJ_HEADER = _TRAJ_COLUMNS % ("line", "time", "model", "status", "latency", "tok. in", "tok. out", "what")
+TRAJ_COLUMNS = ("line", "time", "model", "status", "seconds", "tok. in", "tok. out", "what")
+TRAJ_TABLE = "%5s  %-19s  %-24s  %6s  %9s  %8s  %8s  %s"  # for people
+TRAJ_TABS = "\t".join(["%s"] * len(TRAJ_COLUMNS))  # for scripts
 
 
 def printable(text: str) -> str:
@@ -7466,13 +7486,13 @@ class CallSummary:
             error=_text_or_none(record.get("error")),
         )
 
-    def row(self) -> str:
-        """As a line of the table."""
+    def row(self) -> tuple:
+        """What the table says of it: a text for each of TRAJ_COLUMNS, without tabs and line ends."""
         when = "-" if self.time is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.time))
-        latency = "-" if self.seconds is None else "%.3f s" % self.seconds
+        seconds = "-" if self.seconds is None else "%.3f" % self.seconds
         tokens = ["-" if count is None else "%d" % count for count in (self.prompt_tokens, self.completion_tokens)]
-        row = _TRAJ_COLUMNS % (self.line, when, self.model or "-", self.status, latency, *tokens, self._what())
-        return printable(row).replace("\n", "\\n").rstrip()
+        row = (str(self.line), when, self.model or "-", str(self.status), seconds, *tokens, self._what())
+        return tuple(printable(text).replace("\n", "\\n").replace("\t", "\\t") for text in row)
 
     def _what(self):
         words = [] if self.path.endswith("/chat/completions") else ["%s %s" % (self.method, self.path)]
@@ -7626,6 +7646,44 @@ def complain(text: str, who: str = "rock-ms") -> None:
     sys.stderr.write("%s: %s\n" % (who, text))
 
 
+def standard_input() -> object:
+    """Standard input as a file of bytes; who sits at it is told so."""
+    if sys.stdin.isatty():
+        complain("reading from this terminal; Ctrl-D on a line of its own ends it")
+    return sys.stdin.buffer
+
+
+@contextlib.contextmanager
+def waiting_for(what: str):
+    """Say to a person, on standard error, what the block waits for, and how long by now.
+
+    Nothing is said of a wait below PROGRESS_SECONDS, and nothing is left of the line when it is over.
+    """
+    # A terminal without a name belongs to a program, as the shell of a sandbox's session, which reads what is printed.
+    if not sys.stderr.isatty() or os.environ.get("TERM", "dumb") == "dumb":
+        yield
+        return
+    over = threading.Event()
+    teller = threading.Thread(target=_tell_waiting, args=("waiting for " + what, over), daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()
+
+
+def _tell_waiting(text, over):
+    began, line = time.monotonic(), ""
+    with contextlib.suppress(OSError):
+        while not over.wait(PROGRESS_SECONDS):
+            line = "%s, %d s" % (text, time.monotonic() - began)
+            sys.stderr.write(line + "\r")  # what else is said begins where it began
+            sys.stderr.flush()
+        sys.stderr.write(" " * len(line) + "\r")
+        sys.stderr.flush()
+
+
 def connect_host(host: str) -> str:
     """The address at which a server that listens on `host` is reached from this machine."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
@@ -7666,7 +7724,8 @@ def call_service(
         if response.status >= 400:
             raise RockError("the %s refused: %s" % (title, answer.get("error", answer)["message"]))
     except (OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise RockError("no %s answers on %s:%s: %s" % (title, connect_host(host), port, error)) from None
+        reason = getattr(error, "strerror", None) or error
+        raise RockError("no %s answers on %s:%s: %s" % (title, connect_host(host), port, reason)) from None
     finally:
         connection.close()
     return answer
@@ -7687,14 +7746,14 @@ def command_start(args: argparse.Namespace) -> int:
     state.title = _title(state.read().get("type") if state.is_running() else settings.type)
     if settings.port == 0 and args.port is None and type(earlier.get("port")) is int:
         settings = replace(settings, port=earlier["port"])  # "any free port" means the one that agents know by now
-    if settings.type == "local" and settings.proxy_base_url:
-        complain("proxy_base_url is for --type proxy; this is the local type, whose calls a trainer answers")
+    for spec in settings.unused():
+        complain("%s is for --type %s; this is the %s type" % (spec.name, spec.metadata["only"], settings.type))
     paths = DataPaths.of(data_dir, settings)
     try:
         paths.make_directories()
     except OSError as error:
-        message = "cannot make %s: %s; give another --data-dir" % (error.filename, error.strerror)
-        raise StorageError(message) from None
+        hint = "" if os.path.isdir(data_dir) else "; " + GIVE_DATA_DIR
+        raise StorageError("cannot make %s: %s%s" % (error.filename, error.strerror, hint)) from None
     if args.foreground:
         return run_service(state, args.ready_fd, _serving(settings, paths, args, state))
     return _start_in_background(settings, paths, args, flags, state)
@@ -7880,8 +7939,9 @@ def _start_in_background(settings, paths, args, flags, state):
     else:
         where = base_url(running["host"], running["port"])
     say("%s started: pid %d, %s, %s" % (state.title, running["pid"], where, running["about"]))
-    if settings.type == "tool-node" and settings.api_key is None and connect_host(running["host"]) != running["host"]:
-        complain("it listens on %s without a key: anyone on the network may call the tool" % running["host"])
+    if settings.api_key is None and connect_host(running["host"]) != running["host"]:
+        use = "call the tool" if settings.type == "tool-node" else "use it; --host 127.0.0.1 is for this machine only"
+        complain("it listens on %s without a key: anyone on the network may %s" % (running["host"], use))
     if running.get("session_ended"):
         complain("the resumed session has ended already; start without --resume to begin a new one")
     return 0
@@ -7923,7 +7983,8 @@ def start_in_background(
         raise RockError(state.running_message())
     process, ready = _spawn_service(state.title, command, secrets, logging_file)
     try:
-        said = _first_words(process, ready, code, seconds or START_SECONDS, tell)
+        with waiting_for("the %s to start" % state.title):
+            said = _first_words(process, ready, code, seconds or START_SECONDS, tell)
         if not said.startswith("{"):
             reason = said or "it ended at once; see %s" % logging_file
             raise RockError("the %s did not start: %s" % (state.title, reason))
@@ -8033,6 +8094,14 @@ def stop_service(state: ServiceState, seconds: float = 2 * STOP_SECONDS) -> int:
         if "pid" not in state.read():
             message = "the %s of %s runs, and its state file does not say as which process; its log does: end that"
         raise RockError(message % (state.title, state.data_dir))
+    with waiting_for("the %s to stop" % state.title):
+        _end(state, pid, seconds)
+    say("%s stopped (pid %d)" % (state.title, pid))
+    return 0
+
+
+def _end(state, pid, seconds):
+    """End a process, and wait for its end.  Raises RockError."""
     for number, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, STOP_SECONDS)):
         identity = process_identity(pid)
         try:
@@ -8045,8 +8114,7 @@ def stop_service(state: ServiceState, seconds: float = 2 * STOP_SECONDS) -> int:
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             if identity is None or process_identity(pid) != identity:
-                say("%s stopped (pid %d)" % (state.title, pid))
-                return 0
+                return
             time.sleep(0.01)
     raise RockError("the %s (pid %d) does not end" % (state.title, pid))
 
@@ -8058,7 +8126,8 @@ def command_watch_agent(args: argparse.Namespace) -> int:
     flags = {"host": args.host, "port": args.port, "api_key": args.api_key}
     settings = resolve_settings(ServiceSettings, flags, os.environ, None)
     if "pid" not in state and not (args.port or os.environ.get("SERVICE_PORT")):
-        raise RockError("no model service runs in the data directory %s: start it, or give --port" % data_dir)
+        message = "no model service runs in the data directory %s: start it, or give --data-dir or --port"
+        raise RockError(message % data_dir)
     host = args.host or state.get("host") or settings.host
     port = settings.port if args.port else state.get("port") or settings.port
     answer = call_service(host, port, "POST", "/v1/agent/watch", {"pid": args.pid}, settings.api_key)
@@ -8076,7 +8145,8 @@ def command_anti_call_llm(args: argparse.Namespace) -> int:
     settings = resolve_settings(ServiceSettings, {}, os.environ, None)
     data_dir = resolve_data_dir(args.data_dir, os.environ)
     state = ServiceState(data_dir)
-    log = MarkerLog(settings.log_file or state.read().get("log_file") or os.path.join(data_dir, LOG_FILE_NAME))
+    said = state.read()
+    log = MarkerLog(settings.log_file or said.get("log_file") or os.path.join(data_dir, LOG_FILE_NAME))
     text = read_response(args, log)
     if text is None:
         place = log.find(args.index)
@@ -8088,9 +8158,13 @@ def command_anti_call_llm(args: argparse.Namespace) -> int:
             os.unlink(args.response_file)
     if not state.is_running():
         complain("no model service runs in the data directory %s" % data_dir)
+    elif said.get("type") in ("proxy", "tool-node"):
+        complain("the service in %s answers by itself: of its requests none comes here" % data_dir)
     waiter = RequestWaiter(log, settings.polling_interval_seconds, state.liveness)
     try:
-        say(waiter.wait(args.index + 1, place, args.timeout))
+        with waiting_for("request %d; Ctrl-C ends only this wait" % (args.index + 1)):
+            request = waiter.wait(args.index + 1, place, args.timeout)
+        say(request)
     except NotYet as error:
         raise NotYet(("request %d is answered; " % args.index if place.response else "") + str(error)) from None
     return 0
@@ -8108,7 +8182,7 @@ def read_response(args: argparse.Namespace, log: MarkerLog) -> str | None:
     if args.response is not None:
         data, source = os.fsencode(args.response), "--response"
     elif args.response_file == "-":
-        data, source = sys.stdin.buffer.read(), "the response on standard input"
+        data, source = standard_input().read(), "the response on standard input"
     else:
         source = args.response_file
         try:
@@ -8131,22 +8205,25 @@ def read_response(args: argparse.Namespace, log: MarkerLog) -> str | None:
 def command_traj(args: argparse.Namespace) -> int:
     """Show the calls of a trajectory."""
     try:
-        with open(args.file, "rb") if args.file != "-" else contextlib.nullcontext(sys.stdin.buffer) as file:
+        with open(args.file, "rb") if args.file != "-" else contextlib.nullcontext(standard_input()) as file:
             is_whole = _show_calls(file, args)
             sys.stdout.buffer.flush()
     except BrokenPipeError:  # as of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except OSError as error:
+        if error.filename is None:  # it is the output that cannot be written
+            raise
         raise RockError("cannot read %s: %s" % (args.file, error.strerror)) from None
     return 0 if is_whole else EXIT_FAILED
 
 
 def _show_calls(file, args):
     """Print each call; whether all lines could be read."""
-    write, earlier, is_whole = sys.stdout.buffer.write, [], True
+    write, earlier, count, bad = sys.stdout.buffer.write, [], 0, 0
+    layout = TRAJ_TABLE if args.full or sys.stdout.isatty() else TRAJ_TABS
     if not args.json:
-        write(TRAJ_HEADER.encode() + b"\n")
+        write((layout % TRAJ_COLUMNS).encode() + b"\n")
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -8155,15 +8232,23 @@ def _show_calls(file, args):
             summary = CallSummary.of(number, record)
         except ValueError as error:
             is_torn = not line.endswith(b"\n")
-            is_whole = is_whole and is_torn
-            complain("line %d: %s" % (number, "torn: its writer was stopped" if is_torn else error))
+            bad += not is_torn
+            if is_torn or bad <= MAX_BAD_LINES:
+                complain("line %d: %s" % (number, "torn: its writer was stopped" if is_torn else error))
             continue
-        lines = [json.dumps(vars(summary), separators=(",", ":")) if args.json else summary.row()]
+        count += 1
+        lines = [
+            json.dumps(vars(summary), separators=(",", ":")) if args.json else (layout % summary.row()).rstrip(" ")
+        ]
         if args.full:
             lines += conversation(record, earlier) + [""]
             earlier = messages_of(record)
         write("\n".join(lines).encode("utf-8", "backslashreplace") + b"\n")
-    return is_whole
+    if bad > MAX_BAD_LINES:
+        complain("%d more lines are no calls" % (bad - MAX_BAD_LINES))
+    if bad and not count:
+        complain("%s is no trajectory, as %s or a recording file is" % (args.file, TRAJ_FILE_NAME))
+    return not bad
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -8270,21 +8355,21 @@ class _Demo:
 
 _EXAMPLES = {
     "traj": """examples:
-  %(prog)s LLMTraj.jsonl                    one line a call
+  %(prog)s LLMTraj.jsonl                    one line a call, with tabs where it is piped
   %(prog)s LLMTraj.jsonl --full | less      with what was said
   %(prog)s LLMTraj.jsonl --json             for scripts
 
 exit codes: 0 shown (a torn last line, of a service that was killed, is passed over), 1 failed, or a line is no call""",
     "start": """examples:
   %(prog)s                                  in the background, on 0.0.0.0:8080
+  %(prog)s --host 127.0.0.1 --port 9000     for this machine only, elsewhere
   %(prog)s --type proxy --proxy-base-url https://host/v1        pass calls on, and record them
   %(prog)s --type proxy --replay-file R     answer from a recording
-  %(prog)s --host 127.0.0.1 --port 9000     for this machine only, elsewhere
   %(prog)s --resume                         go on with the last session, where it listened
   %(prog)s --foreground                     stay here and show each request; Ctrl-C ends it
   %(prog)s --type tool-node --tool NAME --tool-file FILE        a tool of your own over HTTP
 
-Every setting can also be given in the environment or in --config-file; see the README's table.""",
+Every setting, also one without a flag, can be given in --config-file or the environment; see the README's table.""",
     "watch-agent": """examples:
   my-agent & %(prog)s --pid $!        SESSION_END is written when the agent has gone
 
@@ -8316,18 +8401,24 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, width=width - 2)
 
 
-def command_parser(prog: str, description: str, epilog: str) -> tuple:
+def command_parser(prog: str, description: str) -> tuple:
     """A parser of commands, and what `add_command` adds them to."""
-    parser = argparse.ArgumentParser(prog=prog, description=description, epilog=epilog, formatter_class=HelpFormatter)
+    description += "  Each command has its own --help, with examples."
+    parser = argparse.ArgumentParser(prog=prog, description=description, formatter_class=HelpFormatter)
+    parser.set_defaults(function=_show_help, parser=parser)
     parser.add_argument("--version", action="version", version="rock-model-service " + __version__)
-    return parser, parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    return parser, parser.add_subparsers(dest="command", metavar="COMMAND")
+
+
+def _show_help(args):
+    args.parser.print_help(sys.stderr)
+    return EXIT_USAGE
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """The parser of all commands."""
     description = "The ROCK model service: LLM calls, answered by a trainer or a model's server."
-    epilog = "Try '%(prog)s demo' first.  Each command has its own --help, with examples."
-    parser, commands = command_parser(prog, description, epilog)
+    parser, commands = command_parser(prog, description + "  Try '%(prog)s demo' first.")
     _add_start(_add_command(commands, "start", command_start, "start the service in the background"))
     _add_watch(_add_command(commands, "watch-agent", command_watch_agent, "end the session when a process ends"))
     _add_anti_call(_add_command(commands, "anti-call-llm", command_anti_call_llm, "answer, and wait for the next call"))
@@ -8342,8 +8433,7 @@ def add_command(commands, name: str, function, help: str, examples: dict, has_da
     parser = commands.add_parser(
         name,
         help=help,
-        description=function.__doc__,
-        epilog=examples.get(name),
+        description="\n\n".join(filter(None, (function.__doc__, examples.get(name)))),  # common cases first
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
@@ -8359,11 +8449,16 @@ def _add_command(commands, name, function, help, has_data_dir=True):
 
 
 def add_settings(parser: argparse.ArgumentParser, cls: type) -> None:
-    """Add the flags of a settings dataclass, and those that every `start` has."""
+    """Add the flags of a settings dataclass, and those that every `start` has; those of one type in a group."""
+    parser.usage = "%(prog)s [options]"
+    groups = {None: parser}
     for spec in fields(cls):
-        if spec.metadata["flag"]:
-            metavar = _METAVARS.get(spec.metadata["parse"], "VALUE")
-            parser.add_argument(spec.metadata["flag"], dest=spec.name, metavar=metavar, help=_setting_help(spec))
+        flag, parse, only = (spec.metadata[key] for key in ("flag", "parse", "only"))
+        if flag:
+            if only not in groups:
+                groups[only] = parser.add_argument_group("for --type " + only)
+            metavar = getattr(parse, "metavar", None) or _METAVARS.get(parse) or flag.rpartition("-")[2].upper()
+            groups[only].add_argument(flag, dest=spec.name, metavar=metavar, help=_setting_help(spec))
     parser.add_argument("--config-file", metavar="FILE", help="settings by name, in JSON or YAML")
     parser.add_argument("--foreground", action="store_true", help="stay in the foreground")
     parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
@@ -8374,7 +8469,7 @@ def _add_start(parser):
     parser.add_argument("--resume", action="store_true", help="continue the last session instead of a new one")
 
 
-_METAVARS = {as_url: "URL", _as_overrides: "JSON", as_object: "JSON", as_count: "N"}
+_METAVARS = {as_url: "URL", _as_overrides: "JSON", as_object: "JSON", as_count: "N", _as_status_codes: "CODE,CODE"}
 _METAVARS.update({as_seconds: "SECONDS", as_wait: "SECONDS"})
 
 
@@ -8382,7 +8477,8 @@ def _setting_help(spec):
     notes = ["env " + spec.metadata["env"]] if spec.metadata["env"] else []
     default = ",".join(str(part) for part in spec.default) if isinstance(spec.default, tuple) else spec.default
     notes += ["default %s" % default] if isinstance(default, (str, int, float)) and default != "" else []
-    return spec.metadata["help"] + (" (%s)" % "; ".join(notes) if notes else "")
+    only, text = spec.metadata["only"], spec.metadata["help"]
+    return text[len(only + ": ") if only else 0 :] + (" (%s)" % "; ".join(notes) if notes else "")
 
 
 def _add_anti_call(parser):
@@ -8441,7 +8537,10 @@ def run_command(parser: argparse.ArgumentParser, words: list, who: str = "rock-m
     """Run one command of a parser; its exit code.  who: the program whose errors they are."""
     args, unknown = parser.parse_known_args(words)
     if unknown:
-        args.parser.error("unrecognized arguments: %s" % " ".join(unknown))
+        flags = re.findall(r"^  (?:-., )?(--[a-z-]+)", args.parser.format_help(), re.MULTILINE)
+        meant = nearest(unknown[0].partition("=")[0], flags, 0.75)
+        hint = "; did you mean %s?" % meant if meant else ""
+        args.parser.error("unrecognized arguments: %s%s" % (" ".join(unknown), hint))
     try:
         return args.function(args)
     except RockError as error:

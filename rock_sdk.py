@@ -5564,7 +5564,7 @@ class ToolServiceProxy:
             answer = _parsed(data)
             return answer["output"], answer.get("message", "")
         except (OSError, ValueError, LookupError, TypeError, UsageError, rock_ms.UpstreamError) as error:
-            message = "no tool manager answers at %s: %s"
+            message = "no tool manager answers at %s: %s; start one, or set TOOL_MANAGER_SERVICE_URL"
             raise ToolError(message % (self.tool_service_manager_url, error)) from None
 
     def _fetch(self, call):
@@ -8172,7 +8172,7 @@ _MANAGER_EXAMPLES = """examples:
   %(prog)s --type tool-manager --foreground          stay here and show each request; Ctrl-C ends it
   %(prog)s --type assistant --help                   the other server, and its settings
 
-Every setting can also be given in --config-file, by its name; see the README's table."""
+Every setting, also one without a flag, can be given in --config-file, by its name; see the README's table."""
 
 _ASSISTANT_EXAMPLES = """examples:
   %(prog)s --type assistant                          dashscope's models call functions, on 127.0.0.1:31512
@@ -8180,7 +8180,7 @@ _ASSISTANT_EXAMPLES = """examples:
   %(prog)s --type assistant --model path/to/weights --served-model-name Qwen2-7B      with vLLM beside it
   %(prog)s --type assistant --foreground             stay here and show each request; Ctrl-C ends it
 
-Every setting can also be given in --config-file, by its name; see the README's table."""
+Every setting, also one without a flag, can be given in --config-file, by its name; see the README's table."""
 
 
 DEFAULT_SERVER = "tool-manager"
@@ -8258,7 +8258,8 @@ def command_start(args) -> int:
     try:
         os.makedirs(data_dir, exist_ok=True)
     except OSError as error:
-        raise StorageError("cannot make %s: %s; give another --data-dir" % (data_dir, error.strerror)) from None
+        message = "cannot make %s: %s; %s" % (data_dir, error.strerror, rock_ms.GIVE_DATA_DIR)
+        raise StorageError(message) from None
     state = kind.state(data_dir)
     if args.foreground:
         is_loud = args.ready_fd is None
@@ -8284,7 +8285,7 @@ def command_stop(args) -> int:
     """End what `start` began: the server of --type, or else those that run."""
     data_dir = rock_ms.resolve_data_dir(args.data_dir, os.environ)
     running = [kind for kind in SERVERS.values() if kind.state(data_dir).is_running()]
-    kinds = [SERVERS[args.type]] if args.type else running or [SERVERS[DEFAULT_SERVER]]
+    kinds = [SERVERS[args.type]] if args.type else running or list(SERVERS.values())
     code = max(rock_ms.stop_service(kind.state(data_dir), REMOVE_SECONDS) for kind in kinds)
     if SERVERS["tool-manager"] in kinds:
         _complain_of_tools_left(os.path.join(data_dir, REGISTRY_NAME))
@@ -8320,9 +8321,7 @@ def type_asked(words: list) -> str:
 
 def build_parser(prog: str, server_type: str = DEFAULT_SERVER):
     """The parser of all commands.  server_type: of the server whose settings `start` has."""
-    parser, commands = rock_ms.command_parser(
-        prog, "Agent servers: the tool manager and the assistant.", "Each command has its own --help, with examples."
-    )
+    parser, commands = rock_ms.command_parser(prog, "Agent servers: the tool manager and the assistant.")
     kind = SERVERS[server_type]
     examples = {"start": kind.examples}
     start = rock_ms.add_command(commands, "start", command_start, "start a server in the background", examples)

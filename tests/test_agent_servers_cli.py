@@ -102,7 +102,8 @@ def test_start_and_stop_say_what_they_do(cli):
     again = cli("start", "--type", "tool-manager", check=1)
     assert "a tool manager already runs (pid %d, 127.0.0.1:%d)" % (state["pid"], state["port"]) in again.err
     assert cli("stop", check=0).out == "tool manager stopped (pid %d)\n" % state["pid"]
-    assert cli("stop", check=0).out == "no tool manager runs in the data directory %s\n" % cli.data_dir
+    nothing = "no tool manager runs in the data directory {0}\nno assistant runs in the data directory {0}\n"
+    assert cli("stop", check=0).out == nothing.format(cli.data_dir)
     assert "RenewInstance_default is exited: the tool manager was stopped" in cli.log()
 
 

@@ -399,7 +399,7 @@ BAD_USE = [
     (["anti-call-llm", "--index=0", "--timeout=-1"], 2, "number of seconds"),
     (["anti-call-llm", "--index=0", "--timeout=0"], 75, "repeat the call"),
     (["start", "--type", "remote"], 2, "--type: must be local, proxy or tool-node, got 'remote'"),
-    (["start", "--replay-file", "r.jsonl"], 2, "replay_file is for --type proxy"),
+    (["start", "--replay-file", "r.jsonl"], 2, "--replay-file is for --type proxy"),
     (["start", "--proxy-base-url", "http://h/v1"], 2, "--proxy-base-url is for --type proxy"),
     (["start", "--type", "proxy", "--recording-file", "a", "--replay-file", "b"], 2, "exclude each other"),
     (["start", "--type", "proxy", "--replay-file", "/no/such"], 1, "cannot read the replay file /no/such"),
@@ -413,16 +413,17 @@ BAD_USE = [
     (["start", "--port", "70000"], 2, "--port: must be a whole number"),
     (["start", "--request-timeout", "0"], 2, "--request-timeout: must be a number of seconds"),
     (["start", "--config-file", "/nonexistent"], 2, "/nonexistent"),
-    (["start", "--prot", "1"], 2, "rock_ms.py start: error: unrecognized arguments: --prot"),
+    (["start", "--prot=1"], 2, "rock_ms.py start: error: unrecognized arguments: --prot=1; did you mean --port?\n"),
+    (["start", "--upstream-api-key", "k"], 2, "unrecognized arguments: --upstream-api-key k\n"),
     (["watch-agent", "--pid", "x"], 2, "invalid process number"),
     (["watch-agent", "--pid", "-1"], 2, "invalid process number"),
     (["watch-agent", "--pid", "1"], 1, "no model service runs in the data directory"),
-    (["watch-agent", "--pid", "1", "--port", "1"], 1, "no model service answers on 127.0.0.1:1"),
+    (["watch-agent", "--pid", "1", "--port", "1"], 1, "no model service answers on 127.0.0.1:1: Connection refused\n"),
     (["watch-agent", "--pid", "1", "--api-key", "a\nb"], 2, "--api-key: must be printable ASCII"),
     (["start", "--data-dir", ""], 2, "--data-dir is empty"),
     (["demo", "--x"], 2, "--x"),
     (["nonsense"], 2, "invalid choice"),
-    ([], 2, "COMMAND"),
+    ([], 2, "Try 'rock_ms.py demo' first."),
 ]
 
 
@@ -440,7 +441,11 @@ def test_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     done = run_cli("start", "--data-dir", str(tmp_path / "file" / "x"), check=1)
     assert "cannot make %s" % (tmp_path / "file" / "x") in done.err
+    assert done.err.endswith("; give each command another --data-dir, or set ROCK_MODEL_SERVICE_DATA_DIR\n")
     assert len(done.err.splitlines()) == 1
+    recording = str(tmp_path / "file" / "r.jsonl")
+    done = run_cli("start", "--data-dir", str(tmp_path), "--recording-file", recording, check=1)
+    assert done.err == "rock-ms: cannot make %s: File exists\n" % (tmp_path / "file")
 
 
 def test_another_answer_to_the_same_request_is_refused(cli):
@@ -498,6 +503,117 @@ def test_output_that_cannot_be_written_is_an_error_without_a_traceback(cli):
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, env=clean_environ(), timeout=TIMEOUT)
     assert done.returncode == 1
     assert done.stderr == b"rock-ms: [Errno 28] No space left on device\n"
+
+
+# A terminal ---------------------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """One command, with a terminal as those of its standard streams that are named."""
+
+    def __init__(self, words, streams, environ):
+        self._screen, follower = os.openpty()
+        files = dict.fromkeys(streams, follower)
+        self.process = subprocess.Popen(
+            [sys.executable, SCRIPT, *words],
+            **{"stdout": subprocess.PIPE, **files},
+            env=environ,
+            start_new_session=True,
+        )
+        os.close(follower)
+        self.shown = b""
+
+    def read(self, expected=None):
+        """Read until that has been shown, or all."""
+        with contextlib.suppress(OSError):  # as Linux says that nobody writes any more
+            while expected is None or expected not in self.shown:
+                piece = os.read(self._screen, 4096)
+                if not piece:
+                    break
+                self.shown += piece
+        return self.shown
+
+    def type(self, text):
+        os.write(self._screen, text)
+
+    def end(self):
+        """What it printed elsewhere; asserts that it succeeded."""
+        out = self.process.communicate(timeout=TIMEOUT)[0]
+        assert self.process.returncode == 0, self.shown
+        return out
+
+    def close(self):
+        self.process.kill()
+        self.process.communicate()
+        os.close(self._screen)
+
+
+@contextlib.contextmanager
+def on_terminal(*words, streams=("stderr",), **environ):
+    terminal = Terminal(words, streams, clean_environ(**{"TERM": "vt100", **environ}))
+    try:
+        yield terminal
+    finally:
+        terminal.close()
+
+
+def test_wait_for_a_request_is_told_on_a_terminal_and_wiped(cli):
+    port = start(cli)["port"]
+    with on_terminal("anti-call-llm", "--index=0", "--data-dir", cli.data_dir) as terminal:
+        terminal.read(b"waiting for request 1; Ctrl-C ends only this wait, 1 s\r")
+        call = Later(lambda: ask(port, chat()))
+        assert json.loads(terminal.end().decode()) == chat()
+        shown = terminal.read()
+    *lines, blank, end = shown.split(b"\r")
+    assert lines[0] == b"waiting for request 1; Ctrl-C ends only this wait, 1 s"
+    assert (blank, end) == (b" " * len(lines[-1]), b"")
+    cli("anti-call-llm", "--index=1", "--response", ANSWER, "--timeout=0", check=75)
+    assert call.result().status == 200
+
+
+def test_terminal_of_a_program_is_told_nothing(cli):
+    """As the session of a sandbox, in whose output the request is looked for."""
+    start(cli)
+    with on_terminal(
+        "anti-call-llm", "--index=0", "--timeout=1.2", "--data-dir", cli.data_dir, TERM="dumb"
+    ) as terminal:
+        assert terminal.read() == b"rock-ms: request 1 has not come within 1.2 s; repeat the call to wait on\r\n"
+
+
+def test_wait_for_start_and_stop_is_told_on_a_terminal(cli, tmp_path):
+    tool = tmp_path / "slow.py"
+    code = "import os, time\nwhile not os.path.exists(%r):\n    time.sleep(0.01)\ndef slow(): pass\n"
+    tool.write_text(code % str(tmp_path / "go"))
+    words = ["--type=tool-node", "--tool=slow", "--tool-file", str(tool), "--host=127.0.0.1", "--port=0"]
+    with on_terminal("start", *words, "--data-dir", cli.data_dir) as terminal:
+        terminal.read(b"waiting for the tool node to start, 1 s\r")
+        (tmp_path / "go").write_text("")
+        assert terminal.end().startswith(b"tool node started")
+    os.kill(state(cli)["pid"], signal.SIGSTOP)
+    with on_terminal("stop", "--data-dir", cli.data_dir) as terminal:
+        terminal.read(b"waiting for the tool node to stop, 1 s\r")
+        os.kill(state(cli)["pid"], signal.SIGCONT)
+        assert terminal.end().startswith(b"tool node stopped")
+
+
+def test_who_is_to_type_is_told_how_to_end_it(cli):
+    port = start(cli)["port"]
+    call = Later(lambda: ask(port, chat()))
+    cli("anti-call-llm", "--index=0", check=0)
+    words = ["anti-call-llm", "--index=1", "--response-file=-", "--timeout=0", "--data-dir", cli.data_dir]
+    with on_terminal(*words, streams=("stdin", "stderr")) as terminal:
+        terminal.read(b"Ctrl-D")
+        terminal.type(ANSWER.encode() + b"\n\x04")
+        assert b"request 1 is answered" in terminal.read()
+    assert call.result().json() == completion()
+
+
+@pytest.mark.parametrize("words", [[], ["--type", "proxy"]])
+def test_start_warns_where_anyone_may_ask(cli, words):
+    said = "it listens on 0.0.0.0 without a key: anyone on the network may use it; --host 127.0.0.1 is for this machine"
+    assert said in cli("start", *words, "--port=0", check=0).err
+    cli("stop", check=0)
+    assert cli("start", *words, "--port=0", "--api-key=k", check=0).err == ""
 
 
 # Names and help -----------------------------------------------------------------------------------------------------

@@ -80,11 +80,23 @@ def test_resumed_proxy_asks_for_the_keys_it_had(cli, upstream):
     assert dict(upstream.seen()[0]["headers"])["authorization"] == "Bearer sk-of-the-upstream"
 
 
-def test_local_service_says_that_its_config_is_a_proxy_s(cli, tmp_path):
-    config = tmp_path / "routes.yaml"
-    config.write_text("host: 127.0.0.1\nport: 0\nproxy_base_url: http://127.0.0.1:1/v1\n")
-    started = cli("start", "--config-file", str(config), check=0)
-    assert "proxy_base_url is for --type proxy; this is the local type" in started.err
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"proxy_base_url": "http://127.0.0.1:1/v1"},
+        {"proxy_rules": {"default": "http://127.0.0.1:1/v1"}},
+        {"tool": "add"},
+    ],
+    ids="".join,
+)
+def test_service_says_that_its_config_is_for_another_type(cli, tmp_path, settings):
+    config = tmp_path / "routes.json"
+    config.write_text(json.dumps({"host": "127.0.0.1", "port": 0, **settings}))
+    key = clean_environ(ROCK_MODEL_SERVICE_UPSTREAM_API_KEY="sk-for-whoever-needs-one")
+    started = cli("start", "--config-file", str(config), env=key, check=0)
+    (name,) = settings
+    kind = "tool-node" if name == "tool" else "proxy"
+    assert started.err == "rock-ms: %s is for --type %s; this is the local type\n" % (name, kind)
     assert state(cli)["type"] == "local"
 
 
@@ -92,5 +104,7 @@ def test_agent_of_a_proxy_is_watched_too(cli, upstream):
     """Its end is in the marker log, where a trainer written for the local type looks for it."""
     start(cli, "--proxy-base-url", upstream.url, check=0)
     cli("watch-agent", "--pid", "999999999", check=0)
-    assert cli("anti-call-llm", "--index", "0", check=0).out == "SESSION_END\n"
+    done = cli("anti-call-llm", "--index", "0", check=0)
+    assert done.out == "SESSION_END\n"
+    assert done.err == "rock-ms: the service in %s answers by itself: of its requests none comes here\n" % cli.data_dir
     assert ask(state(cli)["port"], chat()).status == 200

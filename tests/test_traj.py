@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from rock_ms import TRAJ_HEADER, CallSummary, conversation, main, printable
+from rock_ms import TRAJ_COLUMNS, TRAJ_TABLE, TRAJ_TABS, CallSummary, conversation, main, printable
 from support import SCRIPT, chat, clean_environ, completion, run_cli
 
 
@@ -47,13 +47,13 @@ def shown(path, *flags):
 def rows(path, *flags):
     """What is shown, without the header."""
     header, *lines = shown(path, *flags).split("\n")
-    assert header == TRAJ_HEADER and lines.pop() == ""
+    assert header == (TRAJ_TABLE if flags else TRAJ_TABS) % TRAJ_COLUMNS and lines.pop() == ""
     return lines
 
 
 def what_of(**fields):
     """The last column of a call's row."""
-    return CallSummary.of(1, record(**fields)).row()[len(TRAJ_HEADER) - len("what") :]
+    return CallSummary.of(1, record(**fields)).row()[-1]
 
 
 def objects(path):
@@ -70,12 +70,40 @@ def function(name, arguments="{}"):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_table_has_a_row_for_each_call(tmp_path):
-    path = written(tmp_path, record(), b"\n", record(model="a/b", status=429, response=None, error="busy", attempts=3))
-    assert traj(path, env=clean_environ(TZ="UTC")).out.split("\n")[1:-1] == [
-        "    1  2023-11-14 22:13:20  m                            200    1.250 s         1         2",
-        "    3  2023-11-14 22:13:20  a/b                          429    1.250 s         -         -  3 attempts; busy",
+@pytest.fixture
+def two_calls(tmp_path):
+    return written(tmp_path, record(), b"\n", record(model="a/b", status=429, response=None, error="busy", attempts=3))
+
+
+TABLE = [
+    " line  time                 model                     status    seconds   tok. in  tok. out  what",
+    "    1  2023-11-14 22:13:20  m                            200      1.250         1         2",
+    "    3  2023-11-14 22:13:20  a/b                          429      1.250         -         -  3 attempts; busy",
+]
+
+
+def test_table_on_a_terminal_has_a_row_for_each_call(two_calls):
+    leader, follower = os.openpty()
+    with open(leader, "rb", 0) as screen:
+        command = [sys.executable, SCRIPT, "traj", str(two_calls)]
+        subprocess.run(command, stdout=follower, env=clean_environ(TZ="UTC"), check=True)
+        assert screen.read(4096).decode().splitlines() == TABLE
+        os.close(follower)
+
+
+def test_table_of_what_was_said_is_that_of_a_terminal(two_calls):
+    shown = traj(two_calls, "--full", env=clean_environ(TZ="UTC")).out
+    assert [line for line in shown.splitlines() if line in TABLE] == TABLE
+
+
+def test_table_that_is_piped_has_tabs(two_calls):
+    """Each row has as many, so that `cut -f` finds each column, whatever the call holds."""
+    assert traj(two_calls, env=clean_environ(TZ="UTC")).out.splitlines() == [
+        "line\ttime\tmodel\tstatus\tseconds\ttok. in\ttok. out\twhat",
+        "1\t2023-11-14 22:13:20\tm\t200\t1.250\t1\t2\t",
+        "3\t2023-11-14 22:13:20\ta/b\t429\t1.250\t-\t-\t3 attempts; busy",
     ]
+    assert what_of(error="a\tb\nc") == "a\\tb\\nc"
 
 
 def test_what_is_not_known_is_a_dash(tmp_path):
@@ -332,6 +360,16 @@ def test_bad_lines_are_named_and_the_others_are_shown(tmp_path):
         assert complaint.startswith("rock-ms: line %d: " % (2 * number)) and words in complaint
 
 
+def test_file_of_another_kind_is_told_and_not_each_of_its_lines(tmp_path):
+    path = written(tmp_path, *[b"LLM_REQUEST_START{}LLM_REQUEST_END{}\n"] * 1000)
+    complaints = traj(path, check=1).err.splitlines()
+    assert complaints[-2:] == [
+        "rock-ms: 980 more lines are no calls",
+        "rock-ms: %s is no trajectory, as LLMTraj.jsonl or a recording file is" % path,
+    ]
+    assert [complaint.split(":")[1] for complaint in complaints[:-2]] == [" line %d" % n for n in range(1, 21)]
+
+
 def test_one_bad_line_is_enough_to_fail(tmp_path):
     assert traj(written(tmp_path, b"oops\n", record()), check=1).out.count("\n") == 2
 
@@ -339,7 +377,7 @@ def test_one_bad_line_is_enough_to_fail(tmp_path):
 @pytest.mark.parametrize("data", [b"", b"\n\n", b" \r\n"])
 def test_empty_file_has_no_calls(tmp_path, data):
     got = traj(written(tmp_path, data))
-    assert (got.out, got.err) == (TRAJ_HEADER + "\n", "")
+    assert (got.out, got.err) == (TRAJ_TABS % TRAJ_COLUMNS + "\n", "")
 
 
 def test_standard_input_is_read(tmp_path):
@@ -353,6 +391,13 @@ def test_what_cannot_be_read_is_told(tmp_path, name, words):
     path = tmp_path / name
     got = traj(path, check=1)
     assert (got.out, got.err) == ("", "rock-ms: cannot read %s: %s\n" % (path, words))
+
+
+def test_output_that_cannot_be_written_is_no_fault_of_the_file(tmp_path):
+    command = [sys.executable, SCRIPT, "traj", str(written(tmp_path, record()))]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=clean_environ())
+    assert (done.returncode, done.stderr) == (1, b"rock-ms: [Errno 28] No space left on device\n")
 
 
 def test_full_and_json_exclude_each_other(tmp_path):
@@ -404,7 +449,9 @@ def test_hostile_text_is_shown_and_not_obeyed(tmp_path):
     texts = [HOSTILE, "a\nb", "\ud800", "\udfff\ud800", "a" * 100000]
     path = written(tmp_path, *map(hostile_call, texts), record(model="last"))
     plain, full = rows(path), rows(path, "--full")
-    assert len(plain) == len(texts) + 1 and [line for line in full if re.match(" {0,4}[0-9]", line)] == plain
+    table = [re.sub("  +", " ", line.replace("\t", " ")).strip() for line in plain]
+    assert len(plain) == len(texts) + 1
+    assert [re.sub("  +", " ", line).strip() for line in full if re.match(" {0,4}[0-9]", line)] == table
     assert not OBEYED.search("".join(plain + full))
     assert [(entry["model"], entry["tool_calls"]) for entry in objects(path)[:-1]] == [(text, [text]) for text in texts]
 
@@ -496,7 +543,7 @@ def test_wrong_types_in_every_field_are_survived(tmp_path, flag):
     if flag == ["--json"]:
         shown = [json.loads(line)["line"] for line in got.out.split("\n")[:-1]]
     else:
-        shown = [int(line) for line in re.findall(r"^ {0,4}([0-9]+)  [0-9-]", got.out, re.MULTILINE)]
+        shown = [int(line) for line in re.findall(r"^ {0,4}([0-9]+)(?:  |\t)[0-9-]", got.out, re.MULTILINE)]
     assert sorted(shown + [int(line) for line in named]) == list(range(1, len(calls) + 1))
 
 
@@ -553,7 +600,7 @@ def test_first_call_is_shown_before_the_last_has_come():
         data = json.dumps(record()).encode("utf-8") + b"\n"
         process.stdin.write(data * 300)
         process.stdin.flush()
-        assert process.stdout.readline().decode("utf-8") == TRAJ_HEADER + "\n"
+        assert process.stdout.readline().decode("utf-8") == TRAJ_TABS % TRAJ_COLUMNS + "\n"
         assert time.strftime("%Y", time.localtime(1700000000)) in process.stdout.readline().decode("utf-8")
         process.stdin.close()
         assert len(process.stdout.read().splitlines()) == 299
