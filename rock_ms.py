@@ -8403,7 +8403,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def command_parser(prog: str, description: str) -> tuple:
     """A parser of commands, and what `add_command` adds them to."""
-    description += "  Each command has its own --help, with examples."
+    description += "\nEach command has its own --help, with examples."
     parser = argparse.ArgumentParser(prog=prog, description=description, formatter_class=HelpFormatter)
     parser.set_defaults(function=_show_help, parser=parser)
     parser.add_argument("--version", action="version", version="rock-model-service " + __version__)
@@ -8418,7 +8418,7 @@ def _show_help(args):
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """The parser of all commands."""
     description = "The ROCK model service: LLM calls, answered by a trainer or a model's server."
-    parser, commands = command_parser(prog, description + "  Try '%(prog)s demo' first.")
+    parser, commands = command_parser(prog, description + "\nTry '%(prog)s demo' first.")
     _add_start(_add_command(commands, "start", command_start, "start the service in the background"))
     _add_watch(_add_command(commands, "watch-agent", command_watch_agent, "end the session when a process ends"))
     _add_anti_call(_add_command(commands, "anti-call-llm", command_anti_call_llm, "answer, and wait for the next call"))

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -527,10 +528,12 @@ class Terminal:
         """Read until that has been shown, or all."""
         with contextlib.suppress(OSError):  # as Linux says that nobody writes any more
             while expected is None or expected not in self.shown:
+                assert select.select([self._screen], [], [], TIMEOUT)[0], self.shown
                 piece = os.read(self._screen, 4096)
                 if not piece:
                     break
                 self.shown += piece
+        assert expected is None or expected in self.shown, self.shown
         return self.shown
 
     def type(self, text):
@@ -625,7 +628,9 @@ def test_version_and_help_speak_of_every_command():
     out = run_cli("--help", check=0).out
     for command in ("start", "stop", "watch-agent", "anti-call-llm", "demo"):
         assert command in out
-        assert "usage:" in run_cli(command, "--help", check=0).out
+        shown = run_cli(command, "--help", check=0).out
+        assert "usage:" in shown
+        assert command in ("stop", "demo") or shown.index("examples:") < shown.index("  --data-dir")
 
 
 @pytest.mark.everywhere

@@ -385,7 +385,8 @@ def test_help_of_start_has_each_flag_with_its_meaning_variable_and_default(spec,
     ]
     shown = " ".join(text.split())
     only, meaning = spec.metadata["only"], spec.metadata["help"]
-    assert (meaning.replace(only + ": ", "", 1) if only else meaning) in shown
+    assert (" " + meaning.replace(only + ": ", "", 1) if only else meaning) in shown
+    assert not only or only + ": " not in shown  # its group says that
     assert (spec.metadata["env"] or "") in shown
     if isinstance(spec.default, (str, int)):
         assert "default %s" % spec.default in shown
