@@ -7746,8 +7746,11 @@ def command_start(args: argparse.Namespace) -> int:
     state.title = _title(state.read().get("type") if state.is_running() else settings.type)
     if settings.port == 0 and args.port is None and type(earlier.get("port")) is int:
         settings = replace(settings, port=earlier["port"])  # "any free port" means the one that agents know by now
-    for spec in settings.unused():
-        complain("%s is for --type %s; this is the %s type" % (spec.name, spec.metadata["only"], settings.type))
+    unused = settings.unused()
+    if unused:
+        names, kinds = [spec.name for spec in unused], sorted({spec.metadata["only"] for spec in unused})
+        message = "this is the %s type; for --type %s only: %s"
+        complain(message % (settings.type, " or ".join(kinds), ", ".join(names)))
     paths = DataPaths.of(data_dir, settings)
     try:
         paths.make_directories()

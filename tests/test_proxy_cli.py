@@ -80,23 +80,23 @@ def test_resumed_proxy_asks_for_the_keys_it_had(cli, upstream):
     assert dict(upstream.seen()[0]["headers"])["authorization"] == "Bearer sk-of-the-upstream"
 
 
+RULES = {"default": "http://127.0.0.1:1/v1"}
+
+
 @pytest.mark.parametrize(
-    "settings",
+    "settings, said",
     [
-        {"proxy_base_url": "http://127.0.0.1:1/v1"},
-        {"proxy_rules": {"default": "http://127.0.0.1:1/v1"}},
-        {"tool": "add"},
+        ({"proxy_base_url": "http://127.0.0.1:1/v1"}, "proxy only: proxy_base_url"),
+        ({"max_attempts": 2, "proxy_rules": RULES}, "proxy only: proxy_rules, max_attempts"),
+        ({"proxy_rules": RULES, "tool": "add"}, "proxy or tool-node only: proxy_rules, tool"),
     ],
-    ids="".join,
 )
-def test_service_says_that_its_config_is_for_another_type(cli, tmp_path, settings):
+def test_service_says_that_its_config_is_for_another_type(cli, tmp_path, settings, said):
     config = tmp_path / "routes.json"
     config.write_text(json.dumps({"host": "127.0.0.1", "port": 0, **settings}))
     key = clean_environ(ROCK_MODEL_SERVICE_UPSTREAM_API_KEY="sk-for-whoever-needs-one")
     started = cli("start", "--config-file", str(config), env=key, check=0)
-    (name,) = settings
-    kind = "tool-node" if name == "tool" else "proxy"
-    assert started.err == "rock-ms: %s is for --type %s; this is the local type\n" % (name, kind)
+    assert started.err == "rock-ms: this is the local type; for --type %s\n" % said
     assert state(cli)["type"] == "local"
 
 
