@@ -98,6 +98,8 @@ BACKLOG = 1024  # connections waiting to be accepted; the default of five drops 
 
 READ_BLOCK_BYTES = 1024 * 1024
 SCAN_BLOCK_BYTES = 256 * 1024
+ACCEPT_PAUSE_SECONDS = 0.1  # while no connection can be accepted
+COMPLAINT_SECONDS = 60.0  # what fails again and again is said so often: a full disk must not be filled by its own news
 LOCK_SECONDS = 10.0  # a log is locked for well under a millisecond at a time
 MIN_POLL_SECONDS = 0.002
 POLL_FRACTION = 0.02  # a poll waits this share of the time already waited: a turn is delayed by 2 % at most
@@ -2565,8 +2567,45 @@ def _yaml_flow_item(number, text, depth):
 #
 #   Appending    One line is one write to an O_APPEND descriptor under flock(2), so lines never mix.  A line left
 #                half-written by a writer that was killed is closed off with a newline by the next one; readers pass
-#                over it.  A write cut short by a full disk is taken back.
+#                over it.  A write cut short by a full disk is taken back.  Who removes or moves a file has a new one
+#                begun with the next line.
 # ======================================================================================================================
+
+
+class Storing:
+    """Makes an OSError in a with-block the StorageError that says what cannot be done with which file."""
+
+    __slots__ = ("_what", "_path")
+
+    def __init__(self, what: str, path: str):
+        self._what = what
+        self._path = path
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, _, error, __):
+        if isinstance(error, OSError):
+            raise StorageError("cannot %s %s: %s" % (self._what, self._path, error.strerror)) from error
+
+
+class Complaint:
+    """Tells when to say again what fails again and again: the first time, and every COMPLAINT_SECONDS.
+
+    For one thread at a time.  clock: in seconds.
+    """
+
+    def __init__(self, clock=time.monotonic):
+        self._clock = clock
+        self._due = float("-inf")
+
+    def is_due(self) -> bool:
+        """Whether to say it now; it counts as said then."""
+        now = self._clock()
+        if now < self._due:
+            return False
+        self._due = now + COMPLAINT_SECONDS
+        return True
 
 
 def set_aside(path: str, now: float) -> str | None:
@@ -2627,24 +2666,55 @@ def bound_log(path: str) -> None:
 class LockedFile:
     """A file that this process has locked for writing.  Made by `AppendFile.locked`.  size: in bytes."""
 
-    def __init__(self, descriptor, size, path):
+    def __init__(self, descriptor, info, path):
         self.descriptor = descriptor
-        self.size = size
+        self.size, self.inode = info.st_size, info.st_ino
         self._path = path
 
     def append(self, line: bytes) -> int:
-        """Add one line, newline included; return the offset it starts at.  Raises StorageError, nothing added."""
+        """Add one line, newline included; return the file's size then.  Raises StorageError, nothing added."""
         before = self.size
-        try:
+        with Storing("write", self._path):
             written = os.write(self.descriptor, line)
-        except OSError as error:
-            raise StorageError("cannot write %s: %s" % (self._path, error.strerror)) from error
-        if written < len(line):
-            if os.fstat(self.descriptor).st_size == before + written:
+            if written < len(line) and os.fstat(self.descriptor).st_size == before + written:
                 os.ftruncate(self.descriptor, before)
+        if written < len(line):
             raise StorageError("cannot write %s: no space left for %d bytes" % (self._path, len(line)))
         self.size += written
-        return before
+        return self.size
+
+    def has_torn_line(self) -> bool:
+        """Whether the last line lacks its newline.  Raises StorageError."""
+        with Storing("read", self._path):
+            return bool(self.size) and os.pread(self.descriptor, 1, self.size - 1) != b"\n"
+
+    def torn_line(self) -> bytes:
+        """What follows the last newline.  Raises StorageError."""
+        with Storing("read", self._path):
+            return b"".join(next(lines_backwards(self.descriptor, self.size)))
+
+    def cut(self, size: int) -> None:
+        """Take so many bytes off the end.  Raises StorageError."""
+        with Storing("write", self._path):
+            os.ftruncate(self.descriptor, self.size - size)
+        self.size -= size
+
+
+def lines_backwards(descriptor: int, size: int):
+    """Yield the lines of a file's first `size` bytes from the last to the first, each as its pieces; the very first one
+    yielded is what follows the last newline."""
+    pieces = []  # of the line being put together, last first
+    while size > 0:
+        length = min(SCAN_BLOCK_BYTES, size)
+        size -= length
+        block, end = os.pread(descriptor, length, size), length
+        at = block.rfind(b"\n")
+        while at >= 0:
+            yield [block[at + 1 : end], *reversed(pieces)]
+            pieces, end = [], at
+            at = block.rfind(b"\n", 0, end)
+        pieces.append(block[:end])
+    yield pieces[::-1]
 
 
 @dataclass(frozen=True)
@@ -2675,15 +2745,30 @@ class DataPaths:
         for path in (self.log_file, self.traj_file, self.logging_file):
             os.makedirs(os.path.dirname(path), exist_ok=True)
 
-    def set_earlier_aside(self, keeps_trajectory: bool, logger) -> None:
-        """Give the files of an earlier session a dated name.  Raises StorageError."""
-        for path in [self.log_file] + ([] if keeps_trajectory else [self.traj_file]):
-            try:
-                target = set_aside(path, time.time())
-            except OSError as error:
-                raise StorageError("cannot set %s aside: %s" % (path, error.strerror)) from error
-            if target:
-                logger.info("the earlier session's %s is now %s", path, target)
+    def trajectory_size(self) -> int:
+        """In bytes; 0 where there is none."""
+        with contextlib.suppress(OSError):
+            return os.path.getsize(self.traj_file)
+        return 0
+
+    @contextlib.contextmanager
+    def earlier_set_aside(self, keeps_trajectory: bool, logger):
+        """Give the files of an earlier session a dated name, unless the block fails.  Raises StorageError."""
+        moved = []
+        try:
+            for path in [self.log_file] + ([] if keeps_trajectory else [self.traj_file]):
+                with Storing("set aside", path):
+                    target = set_aside(path, time.time())
+                if target:
+                    moved.append((path, target))
+            yield
+        except BaseException:
+            for path, target in moved:
+                with contextlib.suppress(OSError):
+                    os.replace(target, path)
+            raise
+        for path, target in moved:
+            logger.info("the earlier session's %s is now %s", path, target)
 
 
 @contextlib.contextmanager
@@ -2717,11 +2802,16 @@ class AppendFile:
         with held(self._lock, self.path):
             file = self._open_locked()
             try:
-                if file.size and os.pread(file.descriptor, 1, file.size - 1) != b"\n":
-                    file.append(b"\n")
+                if file.has_torn_line():
+                    self._mend(file)
                 yield file
             finally:
-                os.close(file.descriptor)
+                with Storing("write", self.path):  # some file systems say only now that they could not
+                    os.close(file.descriptor)
+
+    def _mend(self, file):
+        """Do what has to be done where the last line is half-written."""
+        file.append(b"\n")
 
     def close_torn_line(self) -> None:
         """End a half-written last line, so that a reader sees what the next writer would.  Raises StorageError."""
@@ -2730,31 +2820,29 @@ class AppendFile:
                 pass
 
     def append(self, line: bytes) -> int:
-        """Add one line, newline included; return the offset it starts at.  Raises StorageError."""
+        """Add one line, newline included; return the file's size then.  Raises StorageError."""
         with self.locked() as file:
             return file.append(line)
 
     def _open_locked(self):
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
-            try:
+            with Storing("open", self.path):
                 descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            except OSError as error:
-                raise StorageError("cannot open %s: %s" % (self.path, error.strerror)) from error
-            size = self._size_if_locked(descriptor)
-            if size is not None:
-                return LockedFile(descriptor, size, self.path)
+            info = self._info_if_locked(descriptor)
+            if info is not None:
+                return LockedFile(descriptor, info, self.path)
             os.close(descriptor)
             if time.monotonic() > deadline:
                 raise StorageError("%s stays locked by another process" % self.path)
             time.sleep(0.001)
 
-    def _size_if_locked(self, descriptor):
-        """Lock it; its size, None where another holds it or the path has come to mean another file in the meantime."""
+    def _info_if_locked(self, descriptor):
+        """Lock it; what it is, None where another holds it or the path has come to mean another file meanwhile."""
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             info = os.fstat(descriptor)
-            return info.st_size if os.path.samestat(info, os.stat(self.path)) else None
+            return info if os.path.samestat(info, os.stat(self.path)) else None
         except (BlockingIOError, FileNotFoundError):
             return None
         except OSError as error:
@@ -2771,36 +2859,57 @@ class AppendFile:
 class LogTail:
     """Follows a marker log: each `read` yields the records that were completed since the last one.
 
-    offset: where in the file to begin, at the start of a line.  A file that was replaced or cut short is read anew from
-    its start, and `was_replaced` says so; taking back the line that is being written is no cut.
+    offset: where in the file to begin, at the start of a line.  A file that was replaced, removed or cut short is read
+    anew from its start, and `was_replaced` says so; taking back the line that is being written is no cut.
+    on_replaced: called each time, before the first record of it is yielded.
     """
 
-    def __init__(self, path: str, offset: int = 0):
+    def __init__(self, path: str, offset: int = 0, on_replaced=lambda: None):
         self._path = path
+        self._on_replaced = on_replaced
         self._offset = offset  # the first byte not yet read
         self._partial = bytearray()  # the last line so far, without its newline
         self._inode = None
+        self._expected = 0  # how long the file has been, as far as somebody counts on it
         self.was_replaced = False
+
+    def expect(self, size: int) -> None:
+        """The file is so long, read or not: where it is found shorter, it was cut short.  For any thread."""
+        self._expected = size
 
     def read(self):
         """Yield new Records, oldest first.  A log that does not exist (yet) has none.  Raises OSError."""
         try:
             info = os.stat(self._path)
+            self._notice(info)
+            if info.st_size == self._offset:
+                return
+            file = open(self._path, "rb", buffering=0)  # noqa: SIM115
         except FileNotFoundError:
+            if self._inode is not None:
+                self._begin_anew()
+            self._inode = None
             return
-        line_start = self._offset - len(self._partial)
-        if self._inode not in (None, info.st_ino) or info.st_size < line_start:
-            self._restart(0)
-            self.was_replaced = True
-        elif info.st_size < self._offset:
-            self._restart(line_start)
-        self._inode = info.st_ino
-        if info.st_size == self._offset:
-            return
-        with open(self._path, "rb", buffering=0) as file:
+        with file:
+            if os.fstat(file.fileno()).st_ino != self._inode:
+                return  # it was replaced just now
             file.seek(self._offset)
             for block in iter(lambda: file.read(READ_BLOCK_BYTES), b""):
                 yield from self._records(block)
+
+    def _notice(self, info):
+        line_start = self._offset - len(self._partial)
+        if self._inode not in (None, info.st_ino) or info.st_size < max(line_start, self._expected):
+            self._begin_anew()
+        elif info.st_size < self._offset:
+            self._restart(line_start)
+        self._inode = info.st_ino
+
+    def _begin_anew(self):
+        self._restart(0)
+        self._expected = 0
+        self.was_replaced = True
+        self._on_replaced()
 
     def _restart(self, offset):
         self._offset = offset
@@ -2850,7 +2959,7 @@ def find_place(descriptor: int, size: int, index: int) -> Place:
     `index`: it costs what was written since, and the memory of the longest line.  Of other turns, which are many where
     many requests wait at once, only the last bytes are looked at.
     """
-    lines = _lines_backwards(descriptor, size)
+    lines = lines_backwards(descriptor, size)
     place = Place(end=size - sum(map(len, next(lines))))
     for pieces in lines:
         record = None if _is_beside(pieces[-1], index) else parse_record(b"".join(pieces))
@@ -2870,23 +2979,6 @@ def find_place(descriptor: int, size: int, index: int) -> Place:
             place.request = record if record.index == index else None
             break
     return place
-
-
-def _lines_backwards(descriptor, size):
-    """Yield a file's lines from the last to the first, each as its pieces; the very first is what follows the last
-    newline."""
-    pieces = []  # of the line being put together, last first
-    while size > 0:
-        length = min(SCAN_BLOCK_BYTES, size)
-        size -= length
-        block, end = os.pread(descriptor, length, size), length
-        at = block.rfind(b"\n")
-        while at >= 0:
-            yield [block[at + 1 : end], *reversed(pieces)]
-            pieces, end = [], at
-            at = block.rfind(b"\n", 0, end)
-        pieces.append(block[:end])
-    yield pieces[::-1]
 
 
 def check_streamable(request: Record, text: str) -> None:
@@ -2925,7 +3017,7 @@ class MarkerLog:
         self._clock = clock
 
     def append(self, kind: str, text: str, index: int) -> int:
-        """Add a "request" or "response"; return its offset.  Raises StorageError."""
+        """Add a "request" or "response"; return the log's size then.  Raises StorageError."""
         return self._file.append(self._encode(kind, text, index))
 
     def append_session_end(self) -> None:
@@ -2976,9 +3068,9 @@ class MarkerLog:
         except OSError:
             return None
 
-    def tail(self, offset: int = 0) -> LogTail:
+    def tail(self, offset: int = 0, on_replaced=lambda: None) -> LogTail:
         """Follow the log from a line's start."""
-        return LogTail(self.path, offset)
+        return LogTail(self.path, offset, on_replaced)
 
     def _encode(self, kind, text, index):
         return encode_record(kind, text, index, int(self._clock() * 1000))
@@ -3052,7 +3144,8 @@ class RequestWaiter:
             if record.kind == "request" and record.index == index:
                 request = record
         if tail.was_replaced and index > 1:
-            raise RockError("%s was replaced: a new session has begun, at --index 0" % self._log.path)
+            message = "%s was replaced or removed: a new session has begun, at --index 0, or its log was lost"
+            raise RockError(message % self._log.path)
         return request.text if request else None
 
 
@@ -3099,6 +3192,39 @@ class CallRecord:
         return (texts + dump_json(rest)[1:] + "\n").encode("utf-8")
 
 
+_CALL_START = b'{"request":'  # of each line
+
+
+class Trajectory(AppendFile):
+    """A service's trajectory file.  Every line of it is a whole call, whoever was killed.
+
+    A half-written last line is cut off: the client of that call has not seen the end of its answer.  Where the file was
+    removed, replaced or cut short since the last call, the logger is told, and a new one is begun.
+    """
+
+    def __init__(self, path: str, logger):
+        super().__init__(path)
+        self._logger = logger
+        self._known = None  # (inode, size) after the last call
+
+    def append(self, line: bytes) -> int:
+        """Add one call; return the file's size then.  Raises StorageError."""
+        with self.locked() as file:
+            if self._known and (file.inode != self._known[0] or file.size < self._known[1]):
+                message = "%s was removed, replaced or cut short while in use: earlier calls are not in it any more"
+                self._logger.error(message, self.path)
+            self._known = file.inode, file.append(line)
+            return file.size
+
+    def _mend(self, file):
+        line = file.torn_line()
+        if line.startswith(_CALL_START[: len(line)]) and not _is_json(line):
+            file.cut(len(line))
+            self._logger.warning("the half-written last line of %s was cut off: its writer was killed", self.path)
+        else:  # another writer's, or all of it but the newline
+            super()._mend(file)
+
+
 def recorded_status(record: dict) -> int:
     """The HTTP status of a trajectory's record, of ROCK's kind too.  Raises ValueError."""
     status, error = record.get("status"), record.get("error")
@@ -3112,21 +3238,24 @@ def recorded_status(record: dict) -> int:
     raise ValueError("status must be a number from 100 to 599, got %s" % dump_json(status))
 
 
-_TRAJ_LINE_END = rb'"error":null,[^{}]*"end_time":([0-9.]+),[^{}]*"status":([0-9]+),"index":([0-9]+)\}\n\Z'
+_TRAJ_LINE_END = rb'"error":null,[^{}]*"status":([0-9]+),"index":([0-9]+)\}\n\Z'
 
 
-def recorded_turns(path: str) -> dict:
-    """The turns whose answer stands in a trajectory file, each with that answer's HTTP status and its end_time.
+def recorded_turns(path: str, start: int) -> dict:
+    """The turns whose answer stands in a trajectory file, each with that answer's HTTP status.
 
-    In append mode the file also has other sessions' turns of the same index; the end_time tells them apart.
+    start: where the session's calls begin: in append mode other sessions' turns of the same index stand before them,
+    and no clock could tell them apart.
     """
     turns = {}
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        if start <= os.fstat(file.fileno()).st_size:  # else it was emptied, or is another, since then
+            file.seek(start)
         for line in file:
             match = re.search(_TRAJ_LINE_END, line[-512:])
             if match:
-                end_time, status, index = match.groups()
-                turns[int(index)] = int(status), float(end_time)
+                status, index = match.groups()
+                turns[int(index)] = int(status)
     return turns
 
 
@@ -3152,6 +3281,15 @@ def process_identity(pid: int) -> str | None:
     return fields_after_name[19].decode()
 
 
+def is_same_process(pid: int, identity: str | None) -> bool:
+    """Whether a process lives and is not known to be another than the one of that identity.
+
+    It cannot be told where /proc cannot be read, as without a free descriptor, now or when the identity was looked up.
+    """
+    now = process_identity(pid)
+    return now is not None and identity is not None and (now == identity or "" in (now, identity))
+
+
 def _answers_signal(pid):
     try:
         os.kill(pid, 0)
@@ -3169,10 +3307,19 @@ def _is_dead_child(pid):
     return False
 
 
+SESSION_STATE = ("traj_start", "watched")  # what a service's state says of its session alone
+
+
 def stopped_state(state: dict) -> dict:
     """What remains of a service's state when it stops: what --resume and anti-call-llm go on with."""
-    kept = ("type", "host", "port", "has_api_key", "has_upstream_api_key", "settings", "log_file", "watched")
+    kept = ("type", "host", "port", "has_api_key", "has_upstream_api_key", "settings", "log_file", *SESSION_STATE)
     return {key: state[key] for key in kept if key in state}
+
+
+def trajectory_start(state: dict) -> int:
+    """Where in the trajectory file the calls of a service's session begin, by its state."""
+    start = state.get("traj_start")
+    return start if type(start) is int and start >= 0 else 0
 
 
 def watched_by(state: dict) -> dict:
@@ -3186,7 +3333,8 @@ class ServiceState:
     """Which service, if any, runs on a data directory.
 
     A lock file is held as long as the service lives, so that a killed one frees it and no process number is trusted;
-    a state file beside it says the rest: pid, identity, host, port, has_api_key, log_file, watched (pid: identity).
+    a state file beside it says the rest: pid, identity, host, port, has_api_key, log_file, traj_start (see
+    `trajectory_start`), watched (pid: identity).
     What a stopped one leaves has no pid.  What a killed one leaves has, and is how one knows.
 
     name: of the two files.  title: what messages call the service.
@@ -3995,11 +4143,30 @@ class HTTPService:
                 pass
 
 
+_EXHAUSTED = {
+    errno.EMFILE: "raise 'ulimit -n'",
+    errno.ENFILE: "the machine has too many files open",
+    errno.ENOBUFS: "the machine is short of memory",
+    errno.ENOMEM: "the machine is short of memory",
+}
+
+
+def _bear_exhaustion(service, error, complaint):
+    """Wait a moment after a connection could not be accepted: it stays in the queue, and would be met again at once."""
+    if error.errno in _EXHAUSTED:
+        if complaint.is_due():
+            message = "connections have to wait, since none can be accepted: %s; %s"
+            service.logger.error(message, error.strerror, _EXHAUSTED[error.errno])
+        service.stopping.wait(ACCEPT_PAUSE_SECONDS)
+
+
 def _listen(service, host, port):
     """A ThreadingHTTPServer that hands each connection to `service`.  Raises RockError."""
     import socket
     import socketserver
     from http.server import ThreadingHTTPServer
+
+    complaint = Complaint()
 
     class Listener(ThreadingHTTPServer):
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -4012,9 +4179,7 @@ def _listen(service, host, port):
             try:
                 sock, address = self.socket.accept()
             except OSError as error:
-                if error.errno in OUT_OF_DESCRIPTORS:
-                    service.logger.error("no descriptor is left for another connection: raise 'ulimit -n'")
-                    service.stopping.wait(0.1)
+                _bear_exhaustion(service, error, complaint)
                 raise
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock, address
@@ -4055,6 +4220,10 @@ def _listen(service, host, port):
 #   whose answer is there, was.  With one exception: if the service was killed, and no request came after that answer,
 #   it may have died before the answer's last byte had left; then an identical body is taken for the retry that it most
 #   likely is.  So whoever dies, agent, service or trainer: each repeats its last step, no turn is lost or doubled.
+#
+#   Where someone removes, replaces or cuts the log while it is followed, it is read anew from its start.  A turn whose
+#   request is found again goes on; one whose request, or known answer, is not, is lost: that is said, who waits for it
+#   gets an error that asks for a retry, and the retry is a new turn.
 # ======================================================================================================================
 
 
@@ -4062,10 +4231,20 @@ class Turn:
     """A request in the log and what has become of it.  Owned by LocalSession and guarded by its lock.
 
     answer_offset: of its answer in the log.  calls: those that wait for it.  delivered_status: of the answer that was
-    sent whole.  record_lock: guards is_recorded, and is held while the answer is written to the trajectory.
+    sent whole.  record_lock: guards is_recorded, and is held while the answer is written to the trajectory.  is_lost:
+    the log has it no more, so that nobody can answer it.
     """
 
-    __slots__ = ("index", "digest", "answer_offset", "calls", "delivered_status", "record_lock", "is_recorded")
+    __slots__ = (
+        "index",
+        "digest",
+        "answer_offset",
+        "calls",
+        "delivered_status",
+        "record_lock",
+        "is_recorded",
+        "is_lost",
+    )
 
     def __init__(self, index, digest):
         self.index = index
@@ -4075,6 +4254,7 @@ class Turn:
         self.delivered_status = None
         self.record_lock = threading.Lock()
         self.is_recorded = False
+        self.is_lost = False
 
     def is_waited_for(self) -> bool:
         """Whether one of its calls has a client that has not hung up, or may have the answer."""
@@ -4106,6 +4286,11 @@ class Call:
         """Whether the client is gone, known already or not."""
         return self.has_hung_up or self._is_client_gone()
 
+    def check(self) -> None:
+        """Raise the ApiError of a call whose turn nobody can answer any more."""
+        if self.turn.is_lost:
+            raise ApiError(500, "the service's log has lost this request: ask again", code="storage_error")
+
 
 class LocalSession:
     """The turns of one session: writes requests, follows the log for answers, wakes those who wait.
@@ -4133,7 +4318,10 @@ class LocalSession:
         self._is_closed = False  # no new calls: SESSION_END is written, or read
         self._has_ended = False  # SESSION_END is read: every answer before it has been, too
         self._is_stopping = False
-        self._tail = log.tail()
+        self._tail = log.tail(on_replaced=self._on_replaced)
+        self._missing = {}  # index -> whether its request has been found again, while a replaced log is read anew
+        self._was_replaced = False
+        self._complaint = Complaint()
         self._resumed = _ResumedTurns(recorded or {}, was_killed)
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="rock-log", daemon=True)
@@ -4188,9 +4376,10 @@ class LocalSession:
                 if turn:
                     return self._add_call(turn, self._read_answer(turn), is_client_gone)
                 index = self._last_index + 1
-            self._log.append("request", text, index)
+            size = self._log.append("request", text, index)
             with self._lock:
                 turn = self._turns.get(index) or self._add_turn(index, digest)
+                self._tail.expect(size)
                 # A quick trainer's answer may have been read by now.
                 return self._add_call(turn, self._read_answer(turn), is_client_gone)
 
@@ -4273,7 +4462,7 @@ class LocalSession:
         """The last of its calls has ended."""
         if turn.delivered_status is not None:
             self._finish(turn, turn.delivered_status)
-        else:
+        elif turn.index in self._turns:  # else it was lost
             self._left[turn.index] = None
             self._forget_oldest(self._left, MAX_LEFT_TURNS)
 
@@ -4289,12 +4478,15 @@ class LocalSession:
 
     def _forget_oldest(self, indexes, limit):
         while len(indexes) > limit:
-            index = next(iter(indexes))
-            del indexes[index]
-            turn = self._turns.pop(index)
-            self._remove_open(turn)
-            if self._delivered.get(turn.digest) is turn:
-                del self._delivered[turn.digest]
+            self._forget(next(iter(indexes)))
+
+    def _forget(self, index):
+        self._finished.pop(index, None)
+        self._left.pop(index, None)
+        turn = self._turns.pop(index)
+        self._remove_open(turn)
+        if self._delivered.get(turn.digest) is turn:
+            del self._delivered[turn.digest]
 
     def _remove_open(self, turn):
         same = self._open.get(turn.digest, [])
@@ -4324,8 +4516,14 @@ class LocalSession:
                 for record in self._tail.read():
                     with self._lock:
                         self._on_record(record)
+                if self._was_replaced:
+                    self._lose_missing()
+            except OSError as error:
+                if self._complaint.is_due():
+                    self._logger.error("cannot read %s: %s; trying again", self._log.path, error.strerror)
             except Exception:
-                self._logger.exception("cannot follow %s; trying again", self._log.path)
+                if self._complaint.is_due():
+                    self._logger.exception("cannot follow %s; trying again", self._log.path)
             self._wake.wait(self._delay())
             self._wake.clear()
 
@@ -4338,6 +4536,8 @@ class LocalSession:
         if record.kind == "end":
             self._has_ended = self._is_closed = True
             self._wake_all()
+        elif record.index in self._missing:
+            self._found_again(record)
         elif record.kind == "response":
             self._on_response(record)
         elif record.index > self._last_index:
@@ -4356,24 +4556,56 @@ class LocalSession:
         for call in turn.calls:
             call.response = record
             call.wake.set()
-        self._resumed.answered(turn, record)
+        self._resumed.answered(turn)
+
+    def _on_replaced(self):
+        """The log is another one, or shorter: it is read anew, and each turn has to be found in it again."""
+        with self._lock:
+            self._was_replaced = True
+            self._missing = dict.fromkeys(self._turns, False)
+
+    def _found_again(self, record):
+        """A record of a missing turn.  That is found with its request, and with its answer where it had one."""
+        index, turn = record.index, self._turns.get(record.index)
+        if turn is None:
+            del self._missing[index]
+        elif record.kind == "request" and turn.digest == _digest(record.text.encode("utf-8")):
+            self._missing[index] = True
+            if turn.answer_offset is None:
+                del self._missing[index]
+        elif record.kind == "response" and self._missing[index]:
+            turn.answer_offset = record.offset
+            del self._missing[index]
+
+    def _lose_missing(self):
+        """Give up the turns that a replaced log does not have: their calls end, and a retry is a new turn."""
+        with self._lock:
+            lost = [self._turns[index] for index in self._missing if index in self._turns]
+            self._missing, self._was_replaced = {}, False
+            for turn in lost:
+                self._forget(turn.index)
+                turn.is_lost = True
+                for call in turn.calls:
+                    call.wake.set()
+            waiting = sum(turn.answer_offset is None for turn in lost)
+        message = (
+            "%s was removed, replaced or cut short while in use: %d turns are not in it any more, %d without answer"
+        )
+        self._logger.error(message, self._log.path, len(lost), waiting)
 
 
 class _ResumedTurns:
-    """Tells, while an earlier service's log is read, which of its answers were delivered.
-
-    An answer's record in the trajectory was written after the answer, or it belongs to another session's turn.
-    """
+    """Tells, while an earlier service's log is read, which of its answers were delivered."""
 
     def __init__(self, recorded, was_killed):
         self._recorded = recorded
         self._was_killed = was_killed
         self._unconfirmed = []
 
-    def answered(self, turn, record):
+    def answered(self, turn):
         """A turn's answer was read."""
-        status, end_time = self._recorded.get(turn.index, (None, 0.0))
-        if status is not None and end_time * 1000 >= record.timestamp:
+        status = self._recorded.get(turn.index)
+        if status is not None:
             turn.is_recorded = True
             self._unconfirmed.append((turn, status))
 
@@ -4409,6 +4641,8 @@ class AgentWatch:
         self._on_change = on_change
         self._lock = threading.Lock()
         self._watched = {}  # pid -> identity
+        self._has_ended_session = False  # and has still to say that nothing is watched
+        self._complaint = Complaint()
         self._stop = threading.Event()
         self._thread = None
 
@@ -4421,11 +4655,13 @@ class AgentWatch:
     def resume(self, watched: dict) -> None:
         """Watch processes whose identity is known, as pid -> identity."""
         with self._lock:
-            self._watched.update(watched)
-            self._on_change(dict(self._watched))
+            watched = {**self._watched, **watched}
+            self._on_change(dict(watched))
+            self._watched = watched
             if self._thread is None and self._watched:
-                self._thread = threading.Thread(target=self._run, name="rock-watch", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="rock-watch", daemon=True)
+                thread.start()
+                self._thread = thread  # not before: a system that has no thread left may have one for the next process
 
     def route(self) -> Route:
         """The endpoint that takes `{"pid": n}`, the number of a process to watch."""
@@ -4457,18 +4693,21 @@ class AgentWatch:
         """Drop the processes that are gone; end the session, and say so, when none is left."""
         with self._lock:
             for pid, identity in list(self._watched.items()):
-                if identity is None or process_identity(pid) not in (identity, ""):  # "": it lives, as far as one sees
+                if not is_same_process(pid, identity):
                     self._logger.info("the watched process %d has gone", pid)
                     del self._watched[pid]
             if self._watched:
                 return False
             try:
-                self._session.end()
+                if not self._has_ended_session:
+                    self._session.end()
+                    self._has_ended_session = True
                 self._on_change({})
-            except StorageError:
-                self._logger.exception("cannot write SESSION_END; trying again")
+            except StorageError as error:
+                if self._complaint.is_due():
+                    self._logger.error("the session's end cannot be written down: %s; trying again", error)
                 return False
-            self._thread = None
+            self._thread, self._has_ended_session = None, False
             return True
 
 
@@ -4594,6 +4833,7 @@ class LocalCall:
         if self._call.response:
             return self._streamable(given_answer(self._call.response))
         try:
+            self._call.check()
             self._service.session.check_open()
         except ApiError as error:
             return failed_answer(error)
@@ -4661,7 +4901,7 @@ class LocalCall:
 class LocalService:
     """The endpoints of the local type.
 
-    session: a LocalSession.  trajectory: an AppendFile.  settings: ServiceSettings.  logger: as from `logging`.  about:
+    session: a LocalSession.  trajectory: a Trajectory.  settings: ServiceSettings.  logger: as from `logging`.  about:
     what is said of it at its start.  clock: seconds since the epoch.
     """
 
@@ -4718,10 +4958,10 @@ def local_service(settings, paths: DataPaths, log: MarkerLog, logger, is_resumed
 
     is_resumed: go on with the files of the earlier session.  earlier: the state that its service left.
     """
-    trajectory = AppendFile(paths.traj_file)
+    trajectory = Trajectory(paths.traj_file, logger)
     if is_resumed:
         trajectory.close_torn_line()
-    recorded = recorded_turns(paths.traj_file) if is_resumed else {}
+    recorded = recorded_turns(paths.traj_file, trajectory_start(earlier)) if is_resumed else {}
     session = LocalSession(log, settings.polling_interval_seconds, logger, recorded, was_killed="pid" in earlier)
     return LocalService(session, trajectory, settings, logger, "log %s" % paths.log_file)
 
@@ -5250,7 +5490,10 @@ def _addresses_of(origin, watch, deadline):
     with contextlib.suppress(OSError, UnicodeError):
         return resolve(socket.AI_NUMERICHOST)
     found, failures = [], []
-    receiver, sender = socket.socketpair()
+    try:
+        receiver, sender = socket.socketpair()
+    except OSError as error:  # no descriptor is left
+        raise UpstreamError("cannot resolve %s: %s" % (origin.host, error.strerror)) from None
     with receiver:
         threading.Thread(target=work, name="rock-resolve", daemon=True).start()
         if not watch.wait(receiver, select.POLLIN, deadline):
@@ -5294,13 +5537,18 @@ _MODEL_LIST = re.compile(r"/v1/models(?:/|\Z)")
 
 
 def retry_after(headers: tuple, now: float) -> float | None:
-    """How many seconds an answer asks us to wait, by `retry-after-ms` or `Retry-After`; None where it does not."""
+    """How many seconds an answer asks us to wait, by `retry-after-ms` or `Retry-After`; None where it does not.
+
+    A date is meant by the server's clock, whose time the answer's own Date says: ours may have been set meanwhile.
+    """
     by_name = {name.lower(): value for name, value in headers}
     for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         if re.match(r"[0-9]{1,12}(\.[0-9]*)?\Z", by_name.get(name, "")):
             return float(by_name[name]) / unit
     from email.utils import mktime_tz, parsedate_tz
 
+    with contextlib.suppress(ValueError, OverflowError, TypeError):
+        now = mktime_tz(parsedate_tz(by_name.get("date", "")))
     try:
         return max(0.0, mktime_tz(parsedate_tz(by_name.get("retry-after", ""))) - now)
     except (ValueError, OverflowError, TypeError):  # no date, or one of the year 99999
@@ -5855,7 +6103,7 @@ class ProxyCall:
 class ProxyService:
     """The endpoints of the proxy type.
 
-    session: a ProxySession.  settings: ServiceSettings.  trajectory: an AppendFile.  proxies: as from `http_proxies`.
+    session: a ProxySession.  settings: ServiceSettings.  trajectory: a Trajectory.  proxies: as from `http_proxies`.
     logger: as from `logging`.  Tests replace clock: () -> seconds since the epoch; pause: (ClientWatch, seconds),
     which raises ClientGone, or ApiError 503 where the service stops; jitter: () -> 0 to 1.
     """
@@ -6069,7 +6317,10 @@ class Recording:
             left = [places for places in known if places]
             if not left:
                 raise self._nothing_left(method, path, bool(known))
-            return self._call_at(*min(left, key=lambda places: places[-1]).pop())
+            places = min(left, key=lambda places: places[-1])
+            call = self._call_at(*places[-1])
+            places.pop()  # now that it could be read
+            return call
 
     def _nothing_left(self, method, path, is_known):
         what = "for this request" if self._is_by_request else "of %s %s" % (method, path)
@@ -6261,7 +6512,7 @@ def proxy_service(settings, paths: DataPaths, log: MarkerLog, logger, *_) -> Pro
     session = ProxySession(log)
     if settings.replay_file:
         return ReplayService(session, Recording(settings.replay_file, settings.replay_match == "request"), logger)
-    return ProxyService(session, settings, AppendFile(paths.traj_file), http_proxies(os.environ), logger)
+    return ProxyService(session, settings, Trajectory(paths.traj_file, logger), http_proxies(os.environ), logger)
 
 
 # ======================================================================================================================
@@ -7397,11 +7648,12 @@ class ModelServer(Server):
 
     def _prepare(self):
         settings = self._settings
-        if not self._is_resumed:
-            keeps_trajectory = settings.traj_append_mode or settings.replay_file is not None
-            self._paths.set_earlier_aside(keeps_trajectory, self._logger)
-        self._log.prepare()
-        self.service.start()
+        with contextlib.ExitStack() as stack:
+            if not self._is_resumed:
+                keeps_trajectory = settings.traj_append_mode or settings.replay_file is not None
+                stack.enter_context(self._paths.earlier_set_aside(keeps_trajectory, self._logger))
+            self._log.prepare()
+            self.service.start()
         if self._is_resumed and not self.session.has_ended:
             self._watch.resume(watched_by(self._earlier))
 
@@ -7778,7 +8030,10 @@ def _serving(settings, paths, args, state):
     def open_server(earlier, logger, publish):
         if settings.type == "tool-node":
             return tool_server(settings, logger)
-        publish(watched=earlier.get("watched", {}) if args.resume else {})
+        if args.resume:
+            publish(watched=earlier.get("watched", {}), traj_start=trajectory_start(earlier))
+        else:
+            publish(watched={}, traj_start=paths.trajectory_size() if settings.traj_append_mode else 0)
 
         def on_watch(watched):
             publish(watched={str(pid): identity for pid, identity in watched.items()})
@@ -7803,15 +8058,17 @@ def serving(state: ServiceState, settings, published: dict, open_server, logging
     published["has_api_key"] = settings.api_key is not None
 
     def publish(**changes):
+        state.write({**published, **changes})
         published.update(changes)
-        state.write(published)
 
     logger = open_logger(logging_file, is_loud)
-    publish()
+    # Until the server says otherwise; were it killed before, the session to go on with would be the earlier one.
+    state.write({**{key: earlier[key] for key in SESSION_STATE if key in earlier}, **published})
     try:
         server = open_server(earlier, logger, publish)
     except BaseException:
-        state.write(earlier)
+        with contextlib.suppress(StorageError):  # what was raised says more
+            state.write(earlier)
         raise
     try:
         publish(host=server.http.host, port=server.http.port)
@@ -7886,12 +8143,83 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def open_logger(path: str, is_loud: bool) -> object:
-    """The service's own log; with is_loud also on standard error.  Raises OSError.
+def _stat(path):
+    """What a path leads to, None where it leads to nothing."""
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
 
-    It is bounded (`bound_log`), and begun anew where somebody has moved it away.
+
+class LineFile:
+    """The service's own log, as a file.  For one thread at a time.  Raises OSError.
+
+    What happens to it must not disturb the service: lines that cannot be written are counted, and how many they were
+    stands in their place later on.  A file that was moved away or removed is begun anew.  It is bounded (`bound_log`).
     """
+
+    def __init__(self, path: str):
+        self._path = path
+        self._open()
+        self._lost = 0
+        self._reason = None
+        self._is_torn = False
+
+    def write(self, text: str) -> None:
+        """Add a line, or some, given without the last newline."""
+        if self._file.closed:
+            return
+        try:
+            self._follow_path()
+            if self._lost:
+                self._put("(%d lines are missing here: %s)\n" % (self._lost, self._reason))
+                self._lost = 0
+            self._put(text + "\n")
+        except OSError as error:
+            self._lost += 1
+            self._reason = error.strerror
+
+    def close(self) -> None:
+        """Write no more.  At the end of the process a thread may still have something to say."""
+        self._file.close()
+
+    def _open(self):
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
+        info = os.fstat(self._file.fileno())
+        self._identity = info.st_dev, info.st_ino
+
+    def _follow_path(self):
+        info = _stat(self._path)
+        if info and (info.st_dev, info.st_ino) == self._identity:
+            if info.st_size > MAX_LOG_BYTES:
+                bound_log(self._path)
+            return
+        old = self._file
+        self._open()
+        old.close()
+        self._is_torn = False
+
+    def _put(self, text):
+        data = b"\n" * self._is_torn + text.encode("utf-8", "backslashreplace")
+        written = self._file.write(data)
+        self._is_torn = written < len(data)
+        if self._is_torn:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def open_logger(path: str, is_loud: bool) -> object:
+    """The service's own log; with is_loud also on standard error.  Raises OSError."""
     import logging
+
+    file = LineFile(path)
+
+    class LogFile(logging.Handler):
+        def emit(self, record):  # under the handler's lock
+            file.write(self.format(record))
+
+        def close(self):
+            file.close()
+            super().close()
 
     class Logger(logging.Logger):
         def findCaller(self, *_, **__):  # which no format of ours shows, and which takes a walk up the stack
@@ -7901,34 +8229,12 @@ def open_logger(path: str, is_loud: bool) -> object:
         def format(self, record):  # or a line with a lone surrogate in it would be lost, and a traceback in its place
             return as_utf8(super().format(record)).decode("utf-8", "backslashreplace")
 
-    class Handler(logging.FileHandler):
-        def emit(self, record):
-            with contextlib.suppress(OSError):
-                self._look()
-            super().emit(record)
-
-        def _look(self):
-            info = _stat(self.baseFilename)
-            if info is None or not os.path.samestat(info, os.fstat(self.stream.fileno())):
-                earlier, self.stream = self.stream, self._open()
-                earlier.close()
-            elif info.st_size > MAX_LOG_BYTES:
-                bound_log(self.baseFilename)
-
     logger = Logger("rock-ms", logging.INFO)
-    handlers = [Handler(path, encoding="utf-8")] + ([logging.StreamHandler()] if is_loud else [])
+    handlers = [LogFile()] + ([logging.StreamHandler()] if is_loud else [])
     for handler in handlers:
         handler.setFormatter(Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
     return logger
-
-
-def _stat(path):
-    """What a path leads to, None where it leads to nothing."""
-    try:
-        return os.stat(path)
-    except FileNotFoundError:
-        return None
 
 
 def _start_in_background(settings, paths, args, flags, state):
@@ -8158,7 +8464,7 @@ def command_anti_call_llm(args: argparse.Namespace) -> int:
         if place.response is None:
             complain("request %d is not answered: the session has ended" % args.index)
         elif args.response_file not in (None, "-"):
-            os.unlink(args.response_file)
+            _remove_response_file(args.response_file)
     if not state.is_running():
         complain("no model service runs in the data directory %s" % data_dir)
     elif said.get("type") in ("proxy", "tool-node"):
@@ -8171,6 +8477,13 @@ def command_anti_call_llm(args: argparse.Namespace) -> int:
     except NotYet as error:
         raise NotYet(("request %d is answered; " % args.index if place.response else "") + str(error)) from None
     return 0
+
+
+def _remove_response_file(path):
+    try:
+        os.unlink(path)
+    except OSError as error:  # as in a read-only directory; the turn goes on all the same
+        complain("cannot remove %s: %s; its content is in the log" % (path, error.strerror))
 
 
 def read_response(args: argparse.Namespace, log: MarkerLog) -> str | None:

@@ -6626,7 +6626,7 @@ def _text_in(content):
 class ModelClient:
     """Asks one model server for chat completions.
 
-    settings: ServiceSettings of the proxy type.  trajectory: has an AppendFile's `path` and `append`.
+    settings: ServiceSettings of the proxy type.  trajectory: has a Trajectory's `path` and `append`.
     """
 
     def __init__(self, settings: rock_ms.ServiceSettings, trajectory, logger):
@@ -8128,7 +8128,7 @@ class AssistantServer(rock_ms.Server):
             os.makedirs(upload_dir, mode=0o700)
         except OSError as error:
             raise StorageError("cannot make %s: %s" % (upload_dir, error.strerror)) from None
-        trajectory = rock_ms.AppendFile(settings.recording_file or os.path.join(data_dir, ASSISTANT_TRAJ_NAME))
+        trajectory = rock_ms.Trajectory(settings.recording_file or os.path.join(data_dir, ASSISTANT_TRAJ_NAME), logger)
         with trajectory.locked():  # or it would be noticed once a model has answered that nothing can be recorded
             pass
         try:

@@ -468,7 +468,7 @@ def test_without_a_descriptor(tmp_path, upstream, monkeypatch, serve, asked, sta
                     other.settimeout(TIMEOUT)
                     other.connect(("127.0.0.1", service.port))
                 if is_starved:
-                    wait_until(lambda: [line for line in service.logged if "no descriptor is left" in line])
+                    wait_until(lambda: [line for line in service.logged if "none can be accepted" in line])
             assert got == status and said in answer["message"], answer
             assert not [line for line in service.logged if "bug" in line or "Traceback" in line]
         for other in others:
@@ -1033,7 +1033,7 @@ def refusal_to_start(kind, data_dir, *words, **options):
 @pytest.mark.parametrize("kind", ["tool-manager", "assistant"])
 def test_data_directory_that_cannot_be_made(tmp_path, kind):
     data_dir = below_a_file(tmp_path)
-    said = "cannot make %s: Not a directory; give another --data-dir" % data_dir
+    said = "cannot make %s: Not a directory; %s" % (data_dir, rock_ms.GIVE_DATA_DIR)
     assert refusal_to_start(kind, data_dir) == said
 
 

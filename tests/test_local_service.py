@@ -673,10 +673,11 @@ def test_after_a_kill_an_answer_that_was_followed_by_a_request_counts_as_deliver
 def test_append_mode_and_resume_do_not_take_an_earlier_sessions_turn_for_this_ones(tmp_path):
     with running(tmp_path, traj_append_mode=True) as service:
         one_turn(service, "of the earlier session")
+    earlier = {"traj_start": os.path.getsize(service.paths.traj_file)}
     with running(tmp_path, traj_append_mode=True) as service:
         service.log.append("request", rock_ms.compact_json(json.dumps(chat())), 1)
         service.answer(1, "of this session")
-    with running(tmp_path, traj_append_mode=True, is_resumed=True) as service:
+    with running(tmp_path, traj_append_mode=True, is_resumed=True, earlier=earlier) as service:
         assert b"of this session" in service.ask(chat()).body
         assert service.turns() == [1]
 

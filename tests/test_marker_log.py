@@ -184,11 +184,11 @@ def test_file_that_was_moved_away_while_its_lock_was_waited_for_is_not_taken(log
     log.append("request", "{}", 1)
     descriptor = os.open(log.path, os.O_RDWR)
     try:
-        assert log._file._size_if_locked(descriptor) == os.path.getsize(log.path)
+        assert log._file._info_if_locked(descriptor).st_size == os.path.getsize(log.path)
         os.rename(log.path, str(tmp_path / "moved"))
-        assert log._file._size_if_locked(descriptor) is None
+        assert log._file._info_if_locked(descriptor) is None
         log.append("request", "{}", 1)
-        assert log._file._size_if_locked(descriptor) is None
+        assert log._file._info_if_locked(descriptor) is None
     finally:
         os.close(descriptor)
 
@@ -244,9 +244,21 @@ def test_half_line_that_is_taken_back_is_no_replacement(log):
     assert not tail.was_replaced
 
 
-def test_record_at_an_offset_is_read_back(log):
+@pytest.mark.parametrize("left", [0, 5])
+def test_cut_of_what_was_not_read_yet_is_noticed_where_it_is_counted_on(log, left):
+    replaced = []
+    tail = log.tail(on_replaced=lambda: replaced.append(True))
     log.append("request", "{}", 1)
-    offset = log.append("response", '{"r":1}', 1)
+    assert [record.index for record in tail.read()] == [1]
+    tail.expect(log.append("request", "{}", 2))
+    os.truncate(log.path, os.path.getsize(log.path) // 2 + left)
+    assert [record.index for record in tail.read()] == [1] and replaced == [True]
+    assert list(tail.read()) == [] and replaced == [True]
+
+
+def test_record_at_an_offset_is_read_back(log):
+    offset = log.append("request", "{}", 1)
+    log.append("response", '{"r":1}', 1)
     assert log.record_at(offset).body == b'{"r":1}'
     assert log.record_at(offset + 1) is None
     assert log.record_at(10**9) is None

@@ -870,16 +870,20 @@ def test_earlier_trajectory_is_set_aside_unless_it_is_to_be_gone_on_with(tmp_pat
     assert [content(call) for call in calls] == ["one", "two"]
 
 
-def test_line_that_a_killed_proxy_left_torn_is_closed_off(tmp_path, upstream):
+@pytest.mark.parametrize(
+    "torn, stays",
+    [(b"{", False), (b'{"request": {"torn', False), (b'{"request":{},"response":null}', True), (b"a remark", True)],
+)
+def test_line_that_a_killed_proxy_left_torn_is_cut_off_and_any_other_is_closed_off(tmp_path, upstream, torn, stays):
     stream_once(tmp_path, upstream, "one")
     with open(str(tmp_path / "LLMTraj.jsonl"), "ab") as file:
-        file.write(b'{"request": {"torn')
+        file.write(torn)
     upstream.script(sse(*words("two")))
     with running(tmp_path, Proxy, upstream=upstream, traj_append_mode=True) as proxy:
         proxy.ask(chat(stream=True))
-    lines = (tmp_path / "LLMTraj.jsonl").read_bytes().splitlines()
-    assert lines[1] == b'{"request": {"torn'
-    assert [content(json.loads(line.decode())) for line in (lines[0], lines[2])] == ["one", "two"]
+    first, *between, last = (tmp_path / "LLMTraj.jsonl").read_bytes().splitlines()
+    assert between == ([torn] if stays else [])
+    assert [content(json.loads(line.decode())) for line in (first, last)] == ["one", "two"]
 
 
 def test_recording_file_takes_the_place_of_the_trajectory(tmp_path, upstream):
