@@ -481,9 +481,9 @@ def starts_without_a_disk(tmp_path):
     must_be_unwritable(data)
     recording = ["--recording-file", data / "run.jsonl"]
     for directory, more, why, options in [
-        (data / "below", [], "cannot make .*/data/below: Permission denied; give each command another --data-dir", be_ordinary),
+        (data / "below", [], "cannot make .*/data/below: Permission denied; give each", be_ordinary),
         (data, [], "cannot start the model service: .*Permission denied: '.*/data/model_service.log'", be_ordinary),
-        (tmp_path / "file" / "x", [], "cannot make .*/file/x: Not a directory; give each command another --data-dir", None),
+        (tmp_path / "file" / "x", [], "cannot make .*/file/x: Not a directory; give each", None),
         (other, recording, "did not start: cannot set aside .*/data/run.jsonl: Permission denied", be_ordinary),
         (other, [], "did not start: cannot write .*/other/LLMService.json: File too large", no_room),
     ]:
