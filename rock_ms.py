@@ -27,9 +27,11 @@ The marker log, `LLMService.log`, holds one record a line:
 It needs Python 3.7 or newer on a POSIX system and nothing else, and it imports nothing of ours: copy this one file
 into any sandbox image.  It is read from top to bottom; each section uses only what stands above it:
 
-    Names and limits . JSON text . Errors . Marker records . HTTP messages . Completions and streams . Tool arguments
-    . Settings . Files . Marker log . Anti-call . Trajectory . Processes . HTTP server . Local service . Upstreams
-    . Proxy service . Replay service . Tools . Tool node . Servers . Reading trajectories . Command line
+    Names and limits . JSON text . Errors . Marker records . HTTP messages . Completions . Event streams
+    . Tool arguments . Typed functions . YAML . Settings . Files . Marker log . Anti-call . Secrets . Trajectory
+    . Processes . HTTP connections . HTTP server . Local session . Local service . Upstreams . Forwarded calls
+    . Proxy service . Replay service . Built-in tools . Tools . Tool workers . Tool node . Servers . Standard streams
+    . Running a service . Reading trajectories . Command line
 """
 
 from __future__ import annotations  # an older Python fails here: it must be 3.7 or newer
@@ -52,6 +54,7 @@ from operator import ge, gt, le, lt
 # Imports that only the running service needs stand in the functions that need them: `anti-call-llm` runs once a
 # turn, and http.server alone would double the time it takes to start.  Patterns that neither a request nor a turn is
 # read with are texts, which `re` compiles where they are first used.
+
 
 # ======================================================================================================================
 # Names and limits: the words of the wire formats, and every bound, with its reason.
@@ -252,7 +255,6 @@ class ClientGone(Exception):
     """The HTTP client hung up, or takes no more bytes: there is nobody left to answer."""
 
 
-KNOWN_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))  # others count as "other"
 ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -311,6 +313,43 @@ def did_you_mean(word: str, known: list) -> str:
     """A hint at the nearest of `known`, or what there is."""
     near = nearest(word, known)
     return "; did you mean %r?" % near if near else "; known are %s" % ", ".join(known)
+
+
+class Complaint:
+    """Tells when to say again what fails again and again: the first time, and every COMPLAINT_SECONDS.
+
+    For one thread at a time.  clock: in seconds.
+    """
+
+    def __init__(self, clock=time.monotonic):
+        self._clock = clock
+        self._due = float("-inf")
+
+    def is_due(self) -> bool:
+        """Whether to say it now; it counts as said then."""
+        now = self._clock()
+        if now < self._due:
+            return False
+        self._due = now + COMPLAINT_SECONDS
+        return True
+
+
+def _said_by(error):
+    try:
+        return " ".join(str(error)[:READ_BLOCK_BYTES].split())
+    except Exception as other:
+        return "its message cannot be made (%s)" % type(other).__name__
+
+
+def raised(error: BaseException) -> str:
+    """What was raised, in a line for people: its type and what it says, which may be long."""
+    said = _said_by(error)
+    return "%s: %s" % (type(error).__name__, said) if said else type(error).__name__
+
+
+def shortened(text: str) -> str:
+    """A text for a message; of a long one, its beginning."""
+    return text if len(text) <= MAX_SAID_CHARACTERS else text[:MAX_SAID_CHARACTERS] + " ..."
 
 
 def nearest(word: str, known: list, likeness: float = 0.6) -> str | None:
@@ -445,6 +484,9 @@ _HOST = re.compile(r"(?:\[[\w.~!$&'()*+,;=%:-]+\]|(?:[\w.~!$&'()*+,;=-]|%[0-9A-F
 _VERSION = re.compile(r"HTTP/([0-9])\.([0-9])\Z")
 _STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?\Z")
 _JSON_TYPE = re.compile(r"application/(?:[\w.+-]+\+)?json\Z")
+
+
+KNOWN_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))  # others count as "other"
 
 
 @dataclass(frozen=True)
@@ -820,8 +862,7 @@ def check_json_type(content_type: str | None, content_encoding: str | None) -> N
 
 
 # ======================================================================================================================
-# Completions and streams: a whole answer as the Server-Sent Events that a streaming client would have seen, and such
-# events as the whole answer that they add up to.
+# Completions: a whole answer as the Server-Sent Events that a streaming client would have seen, and what an error says.
 # ======================================================================================================================
 
 SSE_HEADERS = (("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"))
@@ -947,14 +988,24 @@ def error_status(answer: dict) -> int | None:
     return next((_STATUS_BY_WORD[word] for word in words if isinstance(word, str) and word in _STATUS_BY_WORD), 500)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# From a stream to a whole answer.
+def error_message(answer: object) -> str | None:
+    """What an error object says, in whichever of the usual shapes; None where it is none."""
+    if not isinstance(answer, dict):
+        return None
+    error = answer.get("error", answer if answer.get("object") == "error" else None)
+    if isinstance(error, dict):
+        return str(error.get("message") or dump_json(error))
+    return str(error) if error else None
+
+
+# ======================================================================================================================
+# Event streams: Server-Sent Events that come in pieces, as the whole answer that they add up to.
 #
 #   Adding up    A chunk's choices are told apart by `index`, and so are the entries of their lists, as tool calls.
 #                Texts are joined, objects added up field by field, lists appended to; of what is whole in each piece
 #                (_WHOLE: `id`, `type`, ...) and of numbers the last counts, and null says nothing.  Fields of the chunk
 #                itself, as `usage`, are whole too.  So a vendor's own fields survive without being known here.
-# ----------------------------------------------------------------------------------------------------------------------
+# ======================================================================================================================
 
 _WHOLE = frozenset(("id", "type", "role", "index", "format", "finish_reason", "stop_reason"))
 _MAX_OPEN_ENTRIES = 128  # of a list, to which further pieces may belong
@@ -1218,18 +1269,8 @@ class OtherEvents:
         return self._events or None
 
 
-def error_message(answer: object) -> str | None:
-    """What an error object says, in whichever of the usual shapes; None where it is none."""
-    if not isinstance(answer, dict):
-        return None
-    error = answer.get("error", answer if answer.get("object") == "error" else None)
-    if isinstance(error, dict):
-        return str(error.get("message") or dump_json(error))
-    return str(error) if error else None
-
-
 # ======================================================================================================================
-# Tool arguments: what a tool's parameters mean, whether a call's arguments fit them, and the parameters of a function.
+# Tool arguments: what a tool's parameters mean, and whether a call's arguments fit them.
 #
 #   Parameters   modelscope-agent's list is rewritten as a JSON Schema, so that there is one thing to check against. Of
 #                JSON Schema, drafts 4 to 2020-12, all that tools use is read; a keyword not known here says nothing.
@@ -1720,6 +1761,11 @@ _KEYWORDS = {
 _UNKNOWN_KEYWORD = (_WHATEVER, _NONE, None)
 
 
+# ======================================================================================================================
+# Typed functions: a plain function as a tool, its parameters from its signature, its words from its docstring.
+# ======================================================================================================================
+
+
 def function_tool(function) -> tuple[str, str, dict]:
     """A plain typed function as a tool: (name, description, parameters as a JSON Schema).
 
@@ -1883,6 +1929,303 @@ def _entries(lines, pattern):
         else:
             entries[-1][1].extend(line.split())
     return entries
+
+
+# ======================================================================================================================
+# YAML: the part that configuration files are written in: mappings, lists in both styles, plain and quoted scalars,
+# block texts ("|" and ">"), comments. What it reads, it reads as PyYAML does; whatever else YAML has, or means
+# differently in its versions, is refused with its line number; without the text, which may be a secret.
+# ======================================================================================================================
+
+_YAML_WORDS = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
+    **{word: True for base in ("yes", "true", "on") for word in (base, base.title(), base.upper())},
+    **{word: False for base in ("no", "false", "off") for word in (base, base.title(), base.upper())},
+}
+_YAML_INT = r"[-+]?(0|[1-9][0-9]*)\Z"
+_YAML_FLOAT = r"[-+]?(0|[1-9][0-9]*)\.[0-9]*\Z"
+_YAML_AMBIGUOUS = (
+    r"([-+]?0[0-7_]+|[-+]?0[oxXbB][0-9a-fA-F_]+|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?|[-+]?[0-9][0-9_]*\.?[0-9_]*"
+    r"([eE][-+]?[0-9]+)?|[-+]?\.[0-9_]+([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)|<<|=|[yYnN]"
+    r"|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([Tt \t].*)?)\Z"
+)
+_YAML_ESCAPES = dict(zip('0abtnvfre"\\/ ', '\0\a\b\t\n\v\f\r\x1b"\\/ '))
+_YAML_ESCAPE = r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))"
+_YAML_QUOTED = r'"((?:[^"\\]|\\.)*)"|\'((?:[^\']|\'\')*)\''
+_YAML_BLOCK_TEXT = r"([|>])([-+]?)(?: +#.*)?\Z"
+_YAML_PLAIN_IN_FLOW = r"(?::(?! |[,\[\]{}]|$)|[^,\[\]{}#:?]|(?<! )#)*"
+_YAML_UNPRINTABLE = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff\ufffe\uffff]"
+_YAML_MAX_DEPTH = 32
+_YAML_MAX_KEY = 1000  # a little below YAML's own limit
+_YAML_MAX_NUMBER = 100
+
+
+def parse_yaml(text: str) -> object:
+    """The value of a YAML text.  Raises ValueError that starts with the line number."""
+    lines = re.findall(r".*\n|.+", re.sub(r"\r\n?", "\n", text))
+    for number, line in enumerate(lines, 1):
+        if re.search(_YAML_UNPRINTABLE, line):
+            raise _yaml_error(number, "a control character: use an escape in double quotes")
+    return _YamlBlock(lines).read()
+
+
+def _yaml_error(number, message):
+    return ValueError("line %d: %s" % (number, message))
+
+
+def _yaml_indentation(line):
+    return len(line) - len(line.lstrip(" "))
+
+
+class _YamlBlock:
+    """Reads lines, which keep their line breaks, as nested blocks."""
+
+    def __init__(self, lines):
+        self._lines = lines
+        self._at = 0
+
+    def read(self):
+        if self._skip().rstrip(" \n") == "---":
+            self._at += 1
+        number, indent, _ = self._peek()
+        value = self._block(indent, 0) if number else None
+        number, _, _ = self._peek()
+        if number:
+            raise _yaml_error(number, "the indentation fits no line above")
+        return value
+
+    def _skip(self):
+        """Pass over blank lines and comments; the line that comes then, "" at the end."""
+        while self._at < len(self._lines):
+            line = self._lines[self._at]
+            if line.strip(" \n") and not line.lstrip(" ").startswith("#"):
+                return line
+            self._at += 1
+        return ""
+
+    def _peek(self):
+        """(number, indentation, content) of the next line that says something; the number is 0 at the end."""
+        line = self._skip()
+        content = line.strip(" \n")
+        if not content:
+            return 0, -1, ""
+        if content.startswith("\t"):
+            raise _yaml_error(self._at + 1, "a tab in the indentation: use spaces")
+        if line.startswith(("---", "...", "%")):
+            raise _yaml_error(self._at + 1, "several documents and directives are not understood")
+        return self._at + 1, _yaml_indentation(line), content
+
+    def _block(self, indent, depth):
+        number, _, content = self._peek()
+        if depth > _YAML_MAX_DEPTH:
+            raise _yaml_error(number, "nested too deeply")
+        if content == "-" or content.startswith("- "):
+            return self._list(indent, depth)
+        if self._split_key(number, content) is None:
+            self._at += 1
+            return _yaml_value(number, content)
+        return self._mapping(indent, depth)
+
+    def _list(self, indent, depth):
+        items = []
+        while True:
+            number, at, content = self._peek()
+            if at != indent or not (content == "-" or content.startswith("- ")):
+                return items
+            rest = content[1:].lstrip(" ")
+            if not rest or rest.startswith("#"):
+                self._at += 1
+                items.append(self._nested(indent, depth))
+            elif rest.startswith("- ") or self._split_key(number, rest) is not None:
+                below = at + len(content) - len(rest)
+                self._lines[self._at] = " " * below + rest + "\n"
+                items.append(self._block(below, depth + 1))
+            else:
+                self._at += 1
+                items.append(self._value(number, indent, rest))
+
+    def _mapping(self, indent, depth):
+        mapping = {}
+        while True:
+            number, at, content = self._peek()
+            if at != indent or content == "-" or content.startswith("- "):
+                return mapping
+            split = self._split_key(number, content)
+            if split is None:
+                raise _yaml_error(number, "expected 'key: value'")
+            key, rest = split
+            if key in mapping:
+                raise _yaml_error(number, "the key %r stands here a second time" % (key,))
+            self._at += 1
+            is_empty = not rest or rest.startswith("#")
+            mapping[key] = self._nested(indent, depth, True) if is_empty else self._value(number, indent, rest)
+
+    def _nested(self, indent, depth, in_mapping=False):
+        """The block below a key or dash, or None.  A list may stand at its key's own indentation."""
+        _, at, content = self._peek()
+        is_list_at_key = in_mapping and at == indent and (content == "-" or content.startswith("- "))
+        return self._block(at, depth + 1) if at > indent or is_list_at_key else None
+
+    def _value(self, number, indent, rest):
+        """The value that stands behind a key or dash, or is the block text that begins there."""
+        header = re.match(_YAML_BLOCK_TEXT, rest)
+        if header:
+            text = self._block_text(self._block_text_indent(indent))
+            return _yaml_chomp(_yaml_fold(text) if header.group(1) == ">" else text, header.group(2))
+        if re.match(r"[|>][-+]?[0-9]", rest):
+            raise _yaml_error(number, "an indentation indicator, as in |2, is not understood: use double quotes")
+        return _yaml_value(number, rest)
+
+    def _block_text_indent(self, outer):
+        """The indentation of the block text that begins at this line: that of its first line that is not blank."""
+        indent = outer + 1
+        for number in range(self._at + 1, len(self._lines) + 1):
+            line = self._lines[number - 1]
+            at = _yaml_indentation(line)
+            if line.strip(" \n") and outer < at < indent:
+                raise _yaml_error(number, "a block text whose first line has fewer spaces than a blank line above it")
+            if line[at:].startswith("\t"):
+                raise _yaml_error(number, "a block text that begins with a tab: use double quotes")
+            indent = max(indent, at)
+            if line.strip(" \n"):
+                break
+        return indent
+
+    def _block_text(self, indent):
+        """The lines that are indented by `indent` or blank, without that indentation."""
+        start = self._at
+        while self._at < len(self._lines) and not self._lines[self._at][:indent].strip(" \n"):
+            self._at += 1
+        return "".join(line[min(indent, _yaml_indentation(line)) :] for line in self._lines[start : self._at])
+
+    @staticmethod
+    def _split_key(number, content):
+        """(key, what follows its colon), or None where the line is no mapping entry."""
+        if content[0] in "\"'":
+            quoted = re.match(_YAML_QUOTED, content)
+            rest = content[quoted.end() :].lstrip(" ") if quoted else ""
+            if not rest.startswith(":") or rest[1:2] not in ("", " "):
+                return None
+            end = len(content) - len(rest)
+            key, rest = _yaml_unquote(number, quoted), rest[1:].strip(" ")
+        elif content[0] in "[{":
+            return None
+        else:
+            plain = re.match(r"((?:[^:#]|:(?! |$)|(?<! )#)+?) *:(?: +|$)", content)
+            if not plain:
+                return None
+            end = len(plain.group(0).rstrip(" "))
+            key, rest = _yaml_plain(number, plain.group(1)), content[plain.end() :]
+        if end > _YAML_MAX_KEY:
+            raise _yaml_error(number, "a key longer than %d characters" % _YAML_MAX_KEY)
+        return key, rest
+
+
+def _yaml_fold(text):
+    """Lines are joined by a space, or by the blank lines between them; not where one is indented further."""
+
+    def fold(match):
+        return match.group(1) + ("" if match.group(2) else " ")
+
+    return re.sub(r"^([^ \t\n].*)\n(?=(\n*)[^ \t\n])", fold, text, flags=re.MULTILINE)
+
+
+def _yaml_chomp(text, chomping):
+    """A block text with all the line breaks at its end ("+"), with none ("-"), or with that of its last line."""
+    if chomping == "+":
+        return text
+    chomped = text.rstrip("\n")
+    return chomped if chomping == "-" or not chomped else text[: len(chomped) + 1]
+
+
+def _yaml_value(number, text):
+    """The value of one line's text: flow collection, quoted or plain scalar, then at most a comment."""
+    value, rest = _yaml_flow(number, text, 0) if text[0] in "[{" else _yaml_scalar(number, text)
+    if rest and not re.match(r" +#| *\Z", rest):
+        raise _yaml_error(number, "something follows the value: put all of it in quotes")
+    return value
+
+
+def _yaml_scalar(number, text):
+    if text[0] in "\"'":
+        quoted = re.match(_YAML_QUOTED, text)
+        if not quoted:
+            raise _yaml_error(number, "a quote that does not end on its line")
+        return _yaml_unquote(number, quoted), text[quoted.end() :]
+    plain = re.split(r" +#", text, maxsplit=1)[0].rstrip(" ")
+    if re.search(r":( |$)", plain):
+        raise _yaml_error(number, "a second ': ' in one line: put the value in quotes")
+    return _yaml_plain(number, plain), ""
+
+
+def _yaml_unquote(number, quoted):
+    if quoted.group(1) is None:
+        return quoted.group(2).replace("''", "'")
+
+    def unescape(match):
+        code = match.group(1) or match.group(2) or match.group(3)
+        try:
+            return chr(int(code, 16)) if code else _YAML_ESCAPES[match.group(4)]
+        except (KeyError, ValueError, OverflowError):
+            raise _yaml_error(number, "the escape %s is not understood" % match.group(0)) from None
+
+    return re.sub(_YAML_ESCAPE, unescape, quoted.group(1))
+
+
+def _yaml_plain(number, text):
+    if text in _YAML_WORDS:
+        return _YAML_WORDS[text]
+    if text[0] in "&*!|>%@`#,[]{}\"'" or text in ("-", "?", ":") or text[:2] in ("- ", "? ", ": "):
+        raise _yaml_error(
+            number, "a value that begins with %r is YAML that is not understood here: use quotes for a text" % text[0]
+        )
+    if "\t" in text:
+        raise _yaml_error(number, "a tab in a value: use quotes")
+    if re.match(_YAML_INT, text) and len(text) <= _YAML_MAX_NUMBER:
+        return int(text)
+    if re.match(_YAML_FLOAT, text) and len(text) <= _YAML_MAX_NUMBER:
+        return float(text)
+    if re.match(_YAML_AMBIGUOUS, text):
+        raise _yaml_error(number, "a value that YAML readers take for different things: use quotes for a text")
+    return text
+
+
+def _yaml_flow(number, text, depth):
+    """A flow list or mapping at the start of `text`; returns it and the rest."""
+    closing = "]" if text[0] == "[" else "}"
+    is_list = closing == "]"
+    value = [] if is_list else {}
+    rest = text[1:].lstrip(" ")
+    if depth > _YAML_MAX_DEPTH:
+        raise _yaml_error(number, "nested too deeply")
+    while not rest.startswith(closing):
+        entry = rest
+        item, rest = _yaml_flow_item(number, rest, depth)
+        if is_list:
+            value.append(item)
+        else:
+            is_key = not isinstance(item, (list, dict)) and len(entry) - len(rest) <= _YAML_MAX_KEY
+            if not rest.startswith(":") or not is_key or item in value:
+                raise _yaml_error(number, "expected 'key: value' with a new key in a mapping")
+            value[item], rest = _yaml_flow_item(number, rest[1:].lstrip(" "), depth)
+        if rest.startswith(","):
+            rest = rest[1:].lstrip(" ")
+        elif not rest.startswith(closing):
+            raise _yaml_error(number, "a list or mapping that does not end with %r on its line" % closing)
+    return value, rest[1:]
+
+
+def _yaml_flow_item(number, text, depth):
+    if text[:1] in ("[", "{"):
+        item, rest = _yaml_flow(number, text, depth + 1)
+    elif text[:1] in ('"', "'"):
+        item, rest = _yaml_scalar(number, text)
+    else:
+        plain = re.match(_YAML_PLAIN_IN_FLOW, text).group(0)
+        if not plain.strip(" ") or plain.startswith(":"):
+            raise _yaml_error(number, "an entry of a list or mapping is missing")
+        item, rest = _yaml_plain(number, plain.strip(" ")), text[len(plain) :]
+    return item, rest.lstrip(" ")
 
 
 # ======================================================================================================================
@@ -2265,303 +2608,6 @@ def resolve_data_dir(flag: str | None, environ: dict) -> str:
     return fallback
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# YAML, the part that configuration files are written in: mappings, lists in both styles, plain and quoted scalars,
-# block texts ("|" and ">"), comments. What it reads, it reads as PyYAML does; whatever else YAML has, or means
-# differently in its versions, is refused with its line number; without the text, which may be a secret.
-# ----------------------------------------------------------------------------------------------------------------------
-
-_YAML_WORDS = {
-    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
-    **{word: True for base in ("yes", "true", "on") for word in (base, base.title(), base.upper())},
-    **{word: False for base in ("no", "false", "off") for word in (base, base.title(), base.upper())},
-}
-_YAML_INT = r"[-+]?(0|[1-9][0-9]*)\Z"
-_YAML_FLOAT = r"[-+]?(0|[1-9][0-9]*)\.[0-9]*\Z"
-_YAML_AMBIGUOUS = (
-    r"([-+]?0[0-7_]+|[-+]?0[oxXbB][0-9a-fA-F_]+|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?|[-+]?[0-9][0-9_]*\.?[0-9_]*"
-    r"([eE][-+]?[0-9]+)?|[-+]?\.[0-9_]+([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)|<<|=|[yYnN]"
-    r"|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([Tt \t].*)?)\Z"
-)
-_YAML_ESCAPES = dict(zip('0abtnvfre"\\/ ', '\0\a\b\t\n\v\f\r\x1b"\\/ '))
-_YAML_ESCAPE = r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))"
-_YAML_QUOTED = r'"((?:[^"\\]|\\.)*)"|\'((?:[^\']|\'\')*)\''
-_YAML_BLOCK_TEXT = r"([|>])([-+]?)(?: +#.*)?\Z"
-_YAML_PLAIN_IN_FLOW = r"(?::(?! |[,\[\]{}]|$)|[^,\[\]{}#:?]|(?<! )#)*"
-_YAML_UNPRINTABLE = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff\ufffe\uffff]"
-_YAML_MAX_DEPTH = 32
-_YAML_MAX_KEY = 1000  # a little below YAML's own limit
-_YAML_MAX_NUMBER = 100
-
-
-def parse_yaml(text: str) -> object:
-    """The value of a YAML text.  Raises ValueError that starts with the line number."""
-    lines = re.findall(r".*\n|.+", re.sub(r"\r\n?", "\n", text))
-    for number, line in enumerate(lines, 1):
-        if re.search(_YAML_UNPRINTABLE, line):
-            raise _yaml_error(number, "a control character: use an escape in double quotes")
-    return _YamlBlock(lines).read()
-
-
-def _yaml_error(number, message):
-    return ValueError("line %d: %s" % (number, message))
-
-
-def _yaml_indentation(line):
-    return len(line) - len(line.lstrip(" "))
-
-
-class _YamlBlock:
-    """Reads lines, which keep their line breaks, as nested blocks."""
-
-    def __init__(self, lines):
-        self._lines = lines
-        self._at = 0
-
-    def read(self):
-        if self._skip().rstrip(" \n") == "---":
-            self._at += 1
-        number, indent, _ = self._peek()
-        value = self._block(indent, 0) if number else None
-        number, _, _ = self._peek()
-        if number:
-            raise _yaml_error(number, "the indentation fits no line above")
-        return value
-
-    def _skip(self):
-        """Pass over blank lines and comments; the line that comes then, "" at the end."""
-        while self._at < len(self._lines):
-            line = self._lines[self._at]
-            if line.strip(" \n") and not line.lstrip(" ").startswith("#"):
-                return line
-            self._at += 1
-        return ""
-
-    def _peek(self):
-        """(number, indentation, content) of the next line that says something; the number is 0 at the end."""
-        line = self._skip()
-        content = line.strip(" \n")
-        if not content:
-            return 0, -1, ""
-        if content.startswith("\t"):
-            raise _yaml_error(self._at + 1, "a tab in the indentation: use spaces")
-        if line.startswith(("---", "...", "%")):
-            raise _yaml_error(self._at + 1, "several documents and directives are not understood")
-        return self._at + 1, _yaml_indentation(line), content
-
-    def _block(self, indent, depth):
-        number, _, content = self._peek()
-        if depth > _YAML_MAX_DEPTH:
-            raise _yaml_error(number, "nested too deeply")
-        if content == "-" or content.startswith("- "):
-            return self._list(indent, depth)
-        if self._split_key(number, content) is None:
-            self._at += 1
-            return _yaml_value(number, content)
-        return self._mapping(indent, depth)
-
-    def _list(self, indent, depth):
-        items = []
-        while True:
-            number, at, content = self._peek()
-            if at != indent or not (content == "-" or content.startswith("- ")):
-                return items
-            rest = content[1:].lstrip(" ")
-            if not rest or rest.startswith("#"):
-                self._at += 1
-                items.append(self._nested(indent, depth))
-            elif rest.startswith("- ") or self._split_key(number, rest) is not None:
-                below = at + len(content) - len(rest)
-                self._lines[self._at] = " " * below + rest + "\n"
-                items.append(self._block(below, depth + 1))
-            else:
-                self._at += 1
-                items.append(self._value(number, indent, rest))
-
-    def _mapping(self, indent, depth):
-        mapping = {}
-        while True:
-            number, at, content = self._peek()
-            if at != indent or content == "-" or content.startswith("- "):
-                return mapping
-            split = self._split_key(number, content)
-            if split is None:
-                raise _yaml_error(number, "expected 'key: value'")
-            key, rest = split
-            if key in mapping:
-                raise _yaml_error(number, "the key %r stands here a second time" % (key,))
-            self._at += 1
-            is_empty = not rest or rest.startswith("#")
-            mapping[key] = self._nested(indent, depth, True) if is_empty else self._value(number, indent, rest)
-
-    def _nested(self, indent, depth, in_mapping=False):
-        """The block below a key or dash, or None.  A list may stand at its key's own indentation."""
-        _, at, content = self._peek()
-        is_list_at_key = in_mapping and at == indent and (content == "-" or content.startswith("- "))
-        return self._block(at, depth + 1) if at > indent or is_list_at_key else None
-
-    def _value(self, number, indent, rest):
-        """The value that stands behind a key or dash, or is the block text that begins there."""
-        header = re.match(_YAML_BLOCK_TEXT, rest)
-        if header:
-            text = self._block_text(self._block_text_indent(indent))
-            return _yaml_chomp(_yaml_fold(text) if header.group(1) == ">" else text, header.group(2))
-        if re.match(r"[|>][-+]?[0-9]", rest):
-            raise _yaml_error(number, "an indentation indicator, as in |2, is not understood: use double quotes")
-        return _yaml_value(number, rest)
-
-    def _block_text_indent(self, outer):
-        """The indentation of the block text that begins at this line: that of its first line that is not blank."""
-        indent = outer + 1
-        for number in range(self._at + 1, len(self._lines) + 1):
-            line = self._lines[number - 1]
-            at = _yaml_indentation(line)
-            if line.strip(" \n") and outer < at < indent:
-                raise _yaml_error(number, "a block text whose first line has fewer spaces than a blank line above it")
-            if line[at:].startswith("\t"):
-                raise _yaml_error(number, "a block text that begins with a tab: use double quotes")
-            indent = max(indent, at)
-            if line.strip(" \n"):
-                break
-        return indent
-
-    def _block_text(self, indent):
-        """The lines that are indented by `indent` or blank, without that indentation."""
-        start = self._at
-        while self._at < len(self._lines) and not self._lines[self._at][:indent].strip(" \n"):
-            self._at += 1
-        return "".join(line[min(indent, _yaml_indentation(line)) :] for line in self._lines[start : self._at])
-
-    @staticmethod
-    def _split_key(number, content):
-        """(key, what follows its colon), or None where the line is no mapping entry."""
-        if content[0] in "\"'":
-            quoted = re.match(_YAML_QUOTED, content)
-            rest = content[quoted.end() :].lstrip(" ") if quoted else ""
-            if not rest.startswith(":") or rest[1:2] not in ("", " "):
-                return None
-            end = len(content) - len(rest)
-            key, rest = _yaml_unquote(number, quoted), rest[1:].strip(" ")
-        elif content[0] in "[{":
-            return None
-        else:
-            plain = re.match(r"((?:[^:#]|:(?! |$)|(?<! )#)+?) *:(?: +|$)", content)
-            if not plain:
-                return None
-            end = len(plain.group(0).rstrip(" "))
-            key, rest = _yaml_plain(number, plain.group(1)), content[plain.end() :]
-        if end > _YAML_MAX_KEY:
-            raise _yaml_error(number, "a key longer than %d characters" % _YAML_MAX_KEY)
-        return key, rest
-
-
-def _yaml_fold(text):
-    """Lines are joined by a space, or by the blank lines between them; not where one is indented further."""
-
-    def fold(match):
-        return match.group(1) + ("" if match.group(2) else " ")
-
-    return re.sub(r"^([^ \t\n].*)\n(?=(\n*)[^ \t\n])", fold, text, flags=re.MULTILINE)
-
-
-def _yaml_chomp(text, chomping):
-    """A block text with all the line breaks at its end ("+"), with none ("-"), or with that of its last line."""
-    if chomping == "+":
-        return text
-    chomped = text.rstrip("\n")
-    return chomped if chomping == "-" or not chomped else text[: len(chomped) + 1]
-
-
-def _yaml_value(number, text):
-    """The value of one line's text: flow collection, quoted or plain scalar, then at most a comment."""
-    value, rest = _yaml_flow(number, text, 0) if text[0] in "[{" else _yaml_scalar(number, text)
-    if rest and not re.match(r" +#| *\Z", rest):
-        raise _yaml_error(number, "something follows the value: put all of it in quotes")
-    return value
-
-
-def _yaml_scalar(number, text):
-    if text[0] in "\"'":
-        quoted = re.match(_YAML_QUOTED, text)
-        if not quoted:
-            raise _yaml_error(number, "a quote that does not end on its line")
-        return _yaml_unquote(number, quoted), text[quoted.end() :]
-    plain = re.split(r" +#", text, maxsplit=1)[0].rstrip(" ")
-    if re.search(r":( |$)", plain):
-        raise _yaml_error(number, "a second ': ' in one line: put the value in quotes")
-    return _yaml_plain(number, plain), ""
-
-
-def _yaml_unquote(number, quoted):
-    if quoted.group(1) is None:
-        return quoted.group(2).replace("''", "'")
-
-    def unescape(match):
-        code = match.group(1) or match.group(2) or match.group(3)
-        try:
-            return chr(int(code, 16)) if code else _YAML_ESCAPES[match.group(4)]
-        except (KeyError, ValueError, OverflowError):
-            raise _yaml_error(number, "the escape %s is not understood" % match.group(0)) from None
-
-    return re.sub(_YAML_ESCAPE, unescape, quoted.group(1))
-
-
-def _yaml_plain(number, text):
-    if text in _YAML_WORDS:
-        return _YAML_WORDS[text]
-    if text[0] in "&*!|>%@`#,[]{}\"'" or text in ("-", "?", ":") or text[:2] in ("- ", "? ", ": "):
-        raise _yaml_error(
-            number, "a value that begins with %r is YAML that is not understood here: use quotes for a text" % text[0]
-        )
-    if "\t" in text:
-        raise _yaml_error(number, "a tab in a value: use quotes")
-    if re.match(_YAML_INT, text) and len(text) <= _YAML_MAX_NUMBER:
-        return int(text)
-    if re.match(_YAML_FLOAT, text) and len(text) <= _YAML_MAX_NUMBER:
-        return float(text)
-    if re.match(_YAML_AMBIGUOUS, text):
-        raise _yaml_error(number, "a value that YAML readers take for different things: use quotes for a text")
-    return text
-
-
-def _yaml_flow(number, text, depth):
-    """A flow list or mapping at the start of `text`; returns it and the rest."""
-    closing = "]" if text[0] == "[" else "}"
-    is_list = closing == "]"
-    value = [] if is_list else {}
-    rest = text[1:].lstrip(" ")
-    if depth > _YAML_MAX_DEPTH:
-        raise _yaml_error(number, "nested too deeply")
-    while not rest.startswith(closing):
-        entry = rest
-        item, rest = _yaml_flow_item(number, rest, depth)
-        if is_list:
-            value.append(item)
-        else:
-            is_key = not isinstance(item, (list, dict)) and len(entry) - len(rest) <= _YAML_MAX_KEY
-            if not rest.startswith(":") or not is_key or item in value:
-                raise _yaml_error(number, "expected 'key: value' with a new key in a mapping")
-            value[item], rest = _yaml_flow_item(number, rest[1:].lstrip(" "), depth)
-        if rest.startswith(","):
-            rest = rest[1:].lstrip(" ")
-        elif not rest.startswith(closing):
-            raise _yaml_error(number, "a list or mapping that does not end with %r on its line" % closing)
-    return value, rest[1:]
-
-
-def _yaml_flow_item(number, text, depth):
-    if text[:1] in ("[", "{"):
-        item, rest = _yaml_flow(number, text, depth + 1)
-    elif text[:1] in ('"', "'"):
-        item, rest = _yaml_scalar(number, text)
-    else:
-        plain = re.match(_YAML_PLAIN_IN_FLOW, text).group(0)
-        if not plain.strip(" ") or plain.startswith(":"):
-            raise _yaml_error(number, "an entry of a list or mapping is missing")
-        item, rest = _yaml_plain(number, plain.strip(" ")), text[len(plain) :]
-    return item, rest.lstrip(" ")
-
-
 # ======================================================================================================================
 # Files: appending whole lines safely, setting old files aside.
 #
@@ -2589,25 +2635,6 @@ class Storing:
             raise StorageError("cannot %s %s: %s" % (self._what, self._path, error.strerror)) from error
 
 
-class Complaint:
-    """Tells when to say again what fails again and again: the first time, and every COMPLAINT_SECONDS.
-
-    For one thread at a time.  clock: in seconds.
-    """
-
-    def __init__(self, clock=time.monotonic):
-        self._clock = clock
-        self._due = float("-inf")
-
-    def is_due(self) -> bool:
-        """Whether to say it now; it counts as said then."""
-        now = self._clock()
-        if now < self._due:
-            return False
-        self._due = now + COMPLAINT_SECONDS
-        return True
-
-
 def set_aside(path: str, now: float) -> str | None:
     """Rename an earlier session's file to a dated name beside it; return that name, None where there was nothing."""
     try:
@@ -2622,6 +2649,60 @@ def set_aside(path: str, now: float) -> str | None:
         target, number = "%s-%d%s" % (dated, number, extension), number + 1
     os.rename(path, target)
     return target
+
+
+@dataclass(frozen=True)
+class DataPaths:
+    """Where a service's files are."""
+
+    data_dir: str
+    log_file: str
+    traj_file: str
+    logging_file: str
+
+    @classmethod
+    def of(cls, data_dir: str, settings: ServiceSettings) -> DataPaths:
+        """Those that the settings name, the rest in the data directory."""
+        return cls(
+            data_dir,
+            os.path.abspath(settings.log_file or os.path.join(data_dir, LOG_FILE_NAME)),
+            os.path.abspath(settings.recording_file or os.path.join(data_dir, TRAJ_FILE_NAME)),
+            os.path.join(os.path.abspath(settings.logging_path or data_dir), settings.logging_file_name),
+        )
+
+    def make_directories(self) -> None:
+        """Make those that do not exist.  Raises OSError; UsageError where a directory stands in a file's place."""
+        for path in (self.log_file, self.traj_file, self.logging_file):
+            if os.path.isdir(path):
+                raise UsageError("%s is a directory, and should be a file" % path)
+        os.makedirs(self.data_dir, exist_ok=True)
+        for path in (self.log_file, self.traj_file, self.logging_file):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+
+    def trajectory_size(self) -> int:
+        """In bytes; 0 where there is none."""
+        with contextlib.suppress(OSError):
+            return os.path.getsize(self.traj_file)
+        return 0
+
+    @contextlib.contextmanager
+    def earlier_set_aside(self, keeps_trajectory: bool, logger):
+        """Give the files of an earlier session a dated name, unless the block fails.  Raises StorageError."""
+        moved = []
+        try:
+            for path in [self.log_file] + ([] if keeps_trajectory else [self.traj_file]):
+                with Storing("set aside", path):
+                    target = set_aside(path, time.time())
+                if target:
+                    moved.append((path, target))
+            yield
+        except BaseException:
+            for path, target in moved:
+                with contextlib.suppress(OSError):
+                    os.replace(target, path)
+            raise
+        for path, target in moved:
+            logger.info("the earlier session's %s is now %s", path, target)
 
 
 def write_whole(path: str, data: bytes) -> None:
@@ -2715,60 +2796,6 @@ def lines_backwards(descriptor: int, size: int):
             at = block.rfind(b"\n", 0, end)
         pieces.append(block[:end])
     yield pieces[::-1]
-
-
-@dataclass(frozen=True)
-class DataPaths:
-    """Where a service's files are."""
-
-    data_dir: str
-    log_file: str
-    traj_file: str
-    logging_file: str
-
-    @classmethod
-    def of(cls, data_dir: str, settings: ServiceSettings) -> DataPaths:
-        """Those that the settings name, the rest in the data directory."""
-        return cls(
-            data_dir,
-            os.path.abspath(settings.log_file or os.path.join(data_dir, LOG_FILE_NAME)),
-            os.path.abspath(settings.recording_file or os.path.join(data_dir, TRAJ_FILE_NAME)),
-            os.path.join(os.path.abspath(settings.logging_path or data_dir), settings.logging_file_name),
-        )
-
-    def make_directories(self) -> None:
-        """Make those that do not exist.  Raises OSError; UsageError where a directory stands in a file's place."""
-        for path in (self.log_file, self.traj_file, self.logging_file):
-            if os.path.isdir(path):
-                raise UsageError("%s is a directory, and should be a file" % path)
-        os.makedirs(self.data_dir, exist_ok=True)
-        for path in (self.log_file, self.traj_file, self.logging_file):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-
-    def trajectory_size(self) -> int:
-        """In bytes; 0 where there is none."""
-        with contextlib.suppress(OSError):
-            return os.path.getsize(self.traj_file)
-        return 0
-
-    @contextlib.contextmanager
-    def earlier_set_aside(self, keeps_trajectory: bool, logger):
-        """Give the files of an earlier session a dated name, unless the block fails.  Raises StorageError."""
-        moved = []
-        try:
-            for path in [self.log_file] + ([] if keeps_trajectory else [self.traj_file]):
-                with Storing("set aside", path):
-                    target = set_aside(path, time.time())
-                if target:
-                    moved.append((path, target))
-            yield
-        except BaseException:
-            for path, target in moved:
-                with contextlib.suppress(OSError):
-                    os.replace(target, path)
-            raise
-        for path, target in moved:
-            logger.info("the earlier session's %s is now %s", path, target)
 
 
 @contextlib.contextmanager
@@ -3150,6 +3177,80 @@ class RequestWaiter:
 
 
 # ======================================================================================================================
+# Secrets: keys that must not be written down, nor told to anyone.
+# ======================================================================================================================
+
+
+class Secrets:
+    """Keys that must not be written down, though an upstream may have sent them back.
+
+    is_cut: whether what is searched was cut off, perhaps in the middle of a key.  Only what is long enough is taken for
+    a key: agents are given words like "unused".
+    """
+
+    def __init__(self, keys: list, is_cut: bool = False):
+        long_enough = {key for key in keys if key and len(key) >= MIN_SECRET_LENGTH}
+        self._keys = sorted(long_enough, key=len, reverse=True)  # or the end of one that begins as another would stay
+        self._is_cut = is_cut
+
+    def hide(self, text: str | None) -> str | None:
+        """A text without them."""
+        for key in self._keys if text else ():
+            text = text.replace(key, "[key]")
+            beginnings = range(len(key) - 1, MIN_SECRET_LENGTH - 1, -1) if self._is_cut else ()
+            size = next((size for size in beginnings if text.endswith(key[:size])), 0)
+            text = text[:-size] + "[key]" if size else text
+        return text
+
+    def hide_in_json(self, text: str | None) -> str | None:
+        """A JSON text without them, however its strings write their characters."""
+        if not text or not self._keys or not self._may_hold_some(text):
+            return text
+        return _STRING_OR_SPACE.sub(self._hide_in_token, text)
+
+    def _may_hold_some(self, text):
+        is_plain = not self._is_cut and "\\/" not in text and "\\u00" not in text
+        return not is_plain or any(dump_json(key)[1:-1] in text for key in self._keys)
+
+    def _hide_in_token(self, match):
+        token = match.group()
+        if not match.group(1) or len(token) < MIN_SECRET_LENGTH:
+            return token
+        string = parse_json(token)
+        hidden = self.hide(string)
+        return token if hidden == string else dump_json(hidden)
+
+    def in_body(self, body: bytes) -> tuple[str | None, str | None]:
+        """A body that is no JSON, as the JSON text of a string, and what that holds: "text" or "base64"; else None."""
+        if not body:
+            return None, None
+        try:
+            return dump_json(self.hide(body.decode("utf-8"))), "text"
+        except UnicodeDecodeError:
+            from base64 import b64encode
+
+            text = self.hide(body.decode("latin-1"))
+            return dump_json(b64encode(text.encode("latin-1")).decode()), "base64"
+
+
+_SECRET_NAME = re.compile("key|token|secret|passw|auth|credential|cookie", re.IGNORECASE)
+
+
+def secrets_in(value: object) -> list:
+    """The values in a configuration that are secrets, as their names tell; as texts."""
+    secrets, waiting = [], [(value, False)]
+    while waiting:
+        part, is_secret = waiting.pop()
+        if isinstance(part, dict):
+            waiting += [(part[name], is_secret or bool(_SECRET_NAME.search(name))) for name in part]
+        elif isinstance(part, list):
+            waiting += [(item, is_secret) for item in part]
+        elif is_secret:
+            secrets.append(str(part))
+    return secrets
+
+
+# ======================================================================================================================
 # Trajectory: LLMTraj.jsonl, one JSON object a call.
 # ======================================================================================================================
 
@@ -3469,8 +3570,233 @@ def own_bytecode() -> bytes:
 
 
 # ======================================================================================================================
-# HTTP server: one core for every service of this module. It reads strictly, routes, authorises, writes, logs, counts,
-# notices clients that hang up, and ends every thread and socket it began. A service gives it a table of routes.
+# HTTP connections: a client's socket, read and written within bounds, and seen when its other side closes.
+# ======================================================================================================================
+
+
+def _peek(sock):
+    """True: the other side closed.  False: it sent more.  None: neither."""
+    import socket
+
+    try:
+        return not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) if _is_readable(sock) else None
+    except BlockingIOError:
+        return None
+    except (OSError, ValueError):
+        return True
+
+
+def _is_readable(sock):
+    """Whether something has come: bytes, the end, an error."""
+    import select
+
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+class HangupWatcher:
+    """One thread that sees clients hang up while their requests wait.
+
+    A client that only closes its sending side cannot be told from one that is gone, and counts as gone.
+    """
+
+    def __init__(self):
+        import selectors
+        import socket
+
+        self._lock = threading.Lock()  # register and unregister are two steps each, in Python and in the kernel
+        self._selector = selectors.DefaultSelector()
+        self._stop_receiver, self._stop_sender = socket.socketpair()
+        self._selector.register(self._stop_receiver, selectors.EVENT_READ, None)
+        self._thread = threading.Thread(target=self._run, name="rock-hangups", daemon=True)
+        self._thread.start()
+
+    def watch(self, sock: object, callback: object) -> None:
+        """Call `callback()` once when the other side of `sock` closes."""
+        with self._lock:
+            self._selector.register(sock, 1, callback)
+
+    def unwatch(self, sock: object) -> None:
+        """Stop watching.  Must come before the socket is closed; harmless where it was not watched."""
+        with self._lock, contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(sock)
+
+    def stop(self) -> None:
+        """End the thread.  Harmless a second time."""
+        if not self._thread.is_alive():
+            return
+        self._stop_sender.send(b"x")
+        self._thread.join()
+        self._selector.close()
+        self._stop_sender.close()
+        self._stop_receiver.close()
+
+    def _run(self):
+        while True:
+            for key, _ in self._selector.select(IDLE_POLL_SECONDS):
+                if key.data is None:
+                    return
+                self._look(key)
+
+    def _look(self, key):
+        with self._lock:
+            if self._selector.get_map().get(key.fd) is not key:
+                return  # its request is done with, and the socket may wait for another by now
+            is_gone = _peek(key.fileobj)
+            if is_gone is not None:  # gone, or the client sends its next request already: nothing more can be seen
+                self._selector.unregister(key.fileobj)
+        if is_gone:
+            key.data()
+
+
+class Connection:
+    """A client's socket, read and written within bounds.  Used by one thread."""
+
+    _READABLE, _WRITABLE = 1, 4  # POLLIN and POLLOUT
+
+    def __init__(self, sock: object, max_body_bytes: int, clock=time.monotonic):
+        import select
+
+        sock.setblocking(False)
+        self.sock = sock
+        self._max_body_bytes = max_body_bytes
+        self._clock = clock
+        self._buffer = bytearray()
+        self._poll = select.poll()
+
+    def read_head(self) -> RequestHead | None:
+        """The next request's header; None where the client closed, or was idle for too long.
+
+        Raises ProtocolError: malformed, too large (431), too slow (408).
+        """
+        if not self._buffer and not self._receive(self._clock() + IDLE_SECONDS, idle=True):
+            return None
+        deadline = self._clock() + HEAD_SECONDS
+        while True:
+            while self._buffer.startswith(b"\r\n"):
+                del self._buffer[:2]
+            end = self._buffer.find(b"\r\n\r\n")
+            if end > MAX_HEAD_BYTES or (end < 0 and len(self._buffer) > MAX_HEAD_BYTES):
+                raise ProtocolError(431, "the request header is longer than %d bytes" % MAX_HEAD_BYTES)
+            if end >= 0:
+                head = bytes(self._buffer[:end])
+                del self._buffer[: end + 4]
+                return parse_request_head(head)
+            if _has_lone_lf(self._buffer):
+                raise ProtocolError(400, "a line of the request header does not end in CRLF")
+            if not self._receive(deadline):
+                if not self._buffer:
+                    return None
+                raise ProtocolError(400, "the connection was closed in the middle of a request header")
+
+    def read_body(self, head: RequestHead, max_bytes: int | None = None) -> bytes:
+        """The request's whole body.  Raises as `body_pieces`, and so do its pieces."""
+        body = bytearray()
+        for piece in self.body_pieces(head, max_bytes):
+            body += piece
+        return bytes(body)
+
+    def body_pieces(self, head: RequestHead, max_bytes: int | None = None) -> object:
+        """The request's body as an iterator of bytes as they come, in pieces of no more than was received at a time.
+
+        Nothing is read, and no client is told to go on, before the first piece is asked for.  max_bytes: None for the
+        connection's.  Raises ProtocolError 413 where the header says more than that; the iterator raises ProtocolError:
+        malformed, too large (413), too slow (408).
+        """
+        max_bytes = self._max_body_bytes if max_bytes is None else max_bytes
+        _check_body_size(head.content_length or 0, max_bytes)
+        return self._read_pieces(head, max_bytes) if head.has_body else iter(())
+
+    def _read_pieces(self, head, max_bytes):
+        if head.expects_continue and not self._buffer:
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        began, size = self._clock(), 0
+        decoder = body_decoder(head.content_length, head.is_chunked)
+        while True:
+            data = bytes(self._buffer)
+            self._buffer.clear()
+            piece = decoder.feed(data)
+            size += len(piece)
+            _check_body_size(size + decoder.left, max_bytes)
+            if decoder.is_done:
+                self._buffer += decoder.rest
+            if piece:
+                yield piece
+            if decoder.is_done:
+                return
+            expected = max(size, head.content_length or 0)
+            if not self._receive(began + BODY_GRACE_SECONDS + expected / BODY_BYTES_PER_SECOND):
+                raise ProtocolError(400, "the connection was closed in the middle of a request body")
+
+    def _receive(self, deadline, idle=False):
+        """Read what there is into the buffer; False at the end of what the client sends."""
+        while self._clock() < deadline:
+            try:
+                data = self.sock.recv(SEND_PIECE_BYTES)
+                self._buffer += data
+                return bool(data)
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                raise ClientGone from error
+            self._wait(self._READABLE, deadline)
+        if idle:
+            return False
+        raise ProtocolError(408, "the request came too slowly")
+
+    def write(self, data: bytes) -> None:
+        """Send all of it.  Raises ClientGone, also where the client does not take a piece within SEND_SECONDS."""
+        view = memoryview(data)
+        for start in range(0, len(view), SEND_PIECE_BYTES):
+            self._write_piece(view[start : start + SEND_PIECE_BYTES])
+
+    def _write_piece(self, piece):
+        deadline = None
+        while piece:
+            try:
+                piece = piece[self.sock.send(piece) :]
+            except BlockingIOError:
+                deadline = deadline or self._clock() + SEND_SECONDS
+                if not self._wait(self._WRITABLE, deadline):
+                    raise ClientGone from None
+            except OSError as error:
+                raise ClientGone from error
+
+    def _wait(self, event, deadline):
+        """Wait until the socket is ready; False where the deadline came first."""
+        left = deadline - self._clock()
+        self._poll.register(self.sock, event)
+        return left > 0 and bool(self._poll.poll(left * 1000))
+
+    def reset(self) -> None:
+        """Close the connection so that the client sees it break."""
+        import socket
+        import struct
+
+        with contextlib.suppress(OSError):
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.sock.close()
+
+    def linger(self) -> None:
+        """After an early refusal: take what the client still sends, for a moment, so that it can read the refusal."""
+        import socket
+
+        deadline = self._clock() + LINGER_SECONDS
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+            while self._wait(self._READABLE, deadline) and self.sock.recv(SEND_PIECE_BYTES):
+                pass
+
+
+def _check_body_size(size, max_bytes):
+    if size > max_bytes:
+        raise ProtocolError(413, "the request body is larger than %d bytes" % max_bytes)
+
+
+# ======================================================================================================================
+# HTTP server: one core for every service of this module. It routes, authorises, answers, logs, counts, and ends every
+# thread and socket it began. A service gives it a table of routes.
 # ======================================================================================================================
 
 
@@ -3629,232 +3955,6 @@ class Metrics:
         for name, value in gauges.items():
             lines += ["# TYPE %s gauge" % name, "%s %g" % (name, value)]
         return "\n".join(lines) + "\n"
-
-
-class HangupWatcher:
-    """One thread that sees clients hang up while their requests wait.
-
-    A client that only closes its sending side cannot be told from one that is gone, and counts as gone.
-    """
-
-    def __init__(self):
-        import selectors
-        import socket
-
-        self._lock = threading.Lock()  # register and unregister are two steps each, in Python and in the kernel
-        self._selector = selectors.DefaultSelector()
-        self._stop_receiver, self._stop_sender = socket.socketpair()
-        self._selector.register(self._stop_receiver, selectors.EVENT_READ, None)
-        self._thread = threading.Thread(target=self._run, name="rock-hangups", daemon=True)
-        self._thread.start()
-
-    def watch(self, sock: object, callback: object) -> None:
-        """Call `callback()` once when the other side of `sock` closes."""
-        with self._lock:
-            self._selector.register(sock, 1, callback)
-
-    def unwatch(self, sock: object) -> None:
-        """Stop watching.  Must come before the socket is closed; harmless where it was not watched."""
-        with self._lock, contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(sock)
-
-    def stop(self) -> None:
-        """End the thread.  Harmless a second time."""
-        if not self._thread.is_alive():
-            return
-        self._stop_sender.send(b"x")
-        self._thread.join()
-        self._selector.close()
-        self._stop_sender.close()
-        self._stop_receiver.close()
-
-    def _run(self):
-        while True:
-            for key, _ in self._selector.select(IDLE_POLL_SECONDS):
-                if key.data is None:
-                    return
-                self._look(key)
-
-    def _look(self, key):
-        with self._lock:
-            if self._selector.get_map().get(key.fd) is not key:
-                return  # its request is done with, and the socket may wait for another by now
-            is_gone = _peek(key.fileobj)
-            if is_gone is not None:  # gone, or the client sends its next request already: nothing more can be seen
-                self._selector.unregister(key.fileobj)
-        if is_gone:
-            key.data()
-
-
-def _peek(sock):
-    """True: the other side closed.  False: it sent more.  None: neither."""
-    import socket
-
-    try:
-        return not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) if _is_readable(sock) else None
-    except BlockingIOError:
-        return None
-    except (OSError, ValueError):
-        return True
-
-
-def _is_readable(sock):
-    """Whether something has come: bytes, the end, an error."""
-    import select
-
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))
-
-
-class Connection:
-    """A client's socket, read and written within bounds.  Used by one thread."""
-
-    _READABLE, _WRITABLE = 1, 4  # POLLIN and POLLOUT
-
-    def __init__(self, sock: object, max_body_bytes: int, clock=time.monotonic):
-        import select
-
-        sock.setblocking(False)
-        self.sock = sock
-        self._max_body_bytes = max_body_bytes
-        self._clock = clock
-        self._buffer = bytearray()
-        self._poll = select.poll()
-
-    def read_head(self) -> RequestHead | None:
-        """The next request's header; None where the client closed, or was idle for too long.
-
-        Raises ProtocolError: malformed, too large (431), too slow (408).
-        """
-        if not self._buffer and not self._receive(self._clock() + IDLE_SECONDS, idle=True):
-            return None
-        deadline = self._clock() + HEAD_SECONDS
-        while True:
-            while self._buffer.startswith(b"\r\n"):
-                del self._buffer[:2]
-            end = self._buffer.find(b"\r\n\r\n")
-            if end > MAX_HEAD_BYTES or (end < 0 and len(self._buffer) > MAX_HEAD_BYTES):
-                raise ProtocolError(431, "the request header is longer than %d bytes" % MAX_HEAD_BYTES)
-            if end >= 0:
-                head = bytes(self._buffer[:end])
-                del self._buffer[: end + 4]
-                return parse_request_head(head)
-            if _has_lone_lf(self._buffer):
-                raise ProtocolError(400, "a line of the request header does not end in CRLF")
-            if not self._receive(deadline):
-                if not self._buffer:
-                    return None
-                raise ProtocolError(400, "the connection was closed in the middle of a request header")
-
-    def read_body(self, head: RequestHead, max_bytes: int | None = None) -> bytes:
-        """The request's whole body.  Raises as `body_pieces`, and so do its pieces."""
-        body = bytearray()
-        for piece in self.body_pieces(head, max_bytes):
-            body += piece
-        return bytes(body)
-
-    def body_pieces(self, head: RequestHead, max_bytes: int | None = None) -> object:
-        """The request's body as an iterator of bytes as they come, in pieces of no more than was received at a time.
-
-        Nothing is read, and no client is told to go on, before the first piece is asked for.  max_bytes: None for the
-        connection's.  Raises ProtocolError 413 where the header says more than that; the iterator raises ProtocolError:
-        malformed, too large (413), too slow (408).
-        """
-        max_bytes = self._max_body_bytes if max_bytes is None else max_bytes
-        _check_body_size(head.content_length or 0, max_bytes)
-        return self._read_pieces(head, max_bytes) if head.has_body else iter(())
-
-    def _read_pieces(self, head, max_bytes):
-        if head.expects_continue and not self._buffer:
-            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        began, size = self._clock(), 0
-        decoder = body_decoder(head.content_length, head.is_chunked)
-        while True:
-            data = bytes(self._buffer)
-            self._buffer.clear()
-            piece = decoder.feed(data)
-            size += len(piece)
-            _check_body_size(size + decoder.left, max_bytes)
-            if decoder.is_done:
-                self._buffer += decoder.rest
-            if piece:
-                yield piece
-            if decoder.is_done:
-                return
-            expected = max(size, head.content_length or 0)
-            if not self._receive(began + BODY_GRACE_SECONDS + expected / BODY_BYTES_PER_SECOND):
-                raise ProtocolError(400, "the connection was closed in the middle of a request body")
-
-    def _receive(self, deadline, idle=False):
-        """Read what there is into the buffer; False at the end of what the client sends."""
-        while self._clock() < deadline:
-            try:
-                data = self.sock.recv(SEND_PIECE_BYTES)
-                self._buffer += data
-                return bool(data)
-            except BlockingIOError:
-                pass
-            except OSError as error:
-                raise ClientGone from error
-            self._wait(self._READABLE, deadline)
-        if idle:
-            return False
-        raise ProtocolError(408, "the request came too slowly")
-
-    def write(self, data: bytes) -> None:
-        """Send all of it.  Raises ClientGone, also where the client does not take a piece within SEND_SECONDS."""
-        view = memoryview(data)
-        for start in range(0, len(view), SEND_PIECE_BYTES):
-            self._write_piece(view[start : start + SEND_PIECE_BYTES])
-
-    def _write_piece(self, piece):
-        deadline = None
-        while piece:
-            try:
-                piece = piece[self.sock.send(piece) :]
-            except BlockingIOError:
-                deadline = deadline or self._clock() + SEND_SECONDS
-                if not self._wait(self._WRITABLE, deadline):
-                    raise ClientGone from None
-            except OSError as error:
-                raise ClientGone from error
-
-    def _wait(self, event, deadline):
-        """Wait until the socket is ready; False where the deadline came first."""
-        left = deadline - self._clock()
-        self._poll.register(self.sock, event)
-        return left > 0 and bool(self._poll.poll(left * 1000))
-
-    def reset(self) -> None:
-        """Close the connection so that the client sees it break."""
-        import socket
-        import struct
-
-        with contextlib.suppress(OSError):
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.sock.close()
-
-    def linger(self) -> None:
-        """After an early refusal: take what the client still sends, for a moment, so that it can read the refusal."""
-        import socket
-
-        deadline = self._clock() + LINGER_SECONDS
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_WR)
-            while self._wait(self._READABLE, deadline) and self.sock.recv(SEND_PIECE_BYTES):
-                pass
-
-
-def _check_body_size(size, max_bytes):
-    if size > max_bytes:
-        raise ProtocolError(413, "the request body is larger than %d bytes" % max_bytes)
-
-
-def _is_timeout(error):
-    import socket
-
-    return isinstance(error, socket.timeout)
 
 
 class Exchange:
@@ -4206,7 +4306,7 @@ def _listen(service, host, port):
 
 
 # ======================================================================================================================
-# Local service: agents ask over HTTP, a trainer answers through the marker log.
+# Local session: the turns of agents, which a trainer answers through the marker log.
 #
 #   A turn is one request record and, later, its answer.  A call is one HTTP request that waits for a turn's answer.
 #   Usually they are one to one.  A call that ends without its answer having been sent whole (a hang-up, a timeout, a
@@ -4220,10 +4320,6 @@ def _listen(service, host, port):
 #   whose answer is there, was.  With one exception: if the service was killed, and no request came after that answer,
 #   it may have died before the answer's last byte had left; then an identical body is taken for the retry that it most
 #   likely is.  So whoever dies, agent, service or trainer: each repeats its last step, no turn is lost or doubled.
-#
-#   Where someone removes, replaces or cuts the log while it is followed, it is read anew from its start.  A turn whose
-#   request is found again goes on; one whose request, or known answer, is not, is lost: that is said, who waits for it
-#   gets an error that asks for a retry, and the retry is a new turn.
 # ======================================================================================================================
 
 
@@ -4711,6 +4807,11 @@ class AgentWatch:
             return True
 
 
+# ======================================================================================================================
+# Local service: agents' calls over HTTP, each with the answer to its turn.
+# ======================================================================================================================
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a call ends with.  body: JSON text in UTF-8.  value: the same, parsed.  is_given: it is the trainer's.
@@ -4951,19 +5052,6 @@ class LocalService:
     def get_model(self, request: Request) -> Reply:
         """Any model there is a word for: the trainer answers for all of them."""
         return model_reply(request.name)
-
-
-def local_service(settings, paths: DataPaths, log: MarkerLog, logger, is_resumed, earlier: dict) -> LocalService:
-    """The service of the local type.  Raises StorageError.
-
-    is_resumed: go on with the files of the earlier session.  earlier: the state that its service left.
-    """
-    trajectory = Trajectory(paths.traj_file, logger)
-    if is_resumed:
-        trajectory.close_torn_line()
-    recorded = recorded_turns(paths.traj_file, trajectory_start(earlier)) if is_resumed else {}
-    session = LocalSession(log, settings.polling_interval_seconds, logger, recorded, was_killed="pid" in earlier)
-    return LocalService(session, trajectory, settings, logger, "log %s" % paths.log_file)
 
 
 # ======================================================================================================================
@@ -5503,6 +5591,12 @@ def _addresses_of(origin, watch, deadline):
     return found
 
 
+def _is_timeout(error):
+    import socket
+
+    return isinstance(error, socket.timeout)
+
+
 def _connect_socket(sock, address, watch, deadline):
     import select
     import socket
@@ -5517,14 +5611,7 @@ def _connect_socket(sock, address, watch, deadline):
 
 
 # ======================================================================================================================
-# Proxy service: calls go on to a model's server, and are written down on the way back.
-#
-#   Bytes        Bodies pass as they are, in both directions; `request_overrides`, where set, rewrite a JSON request.
-#   Attempts     Until the client gets its first byte, an attempt that fails may be followed by another.  So a stream is
-#                held until it begins, and any other answer until it is whole, or HOLD_BYTES have come; but neither for
-#                longer than `heartbeat_seconds`.
-#   The record   is on disk before the client can see the end of its answer.  A call that ended early is written down
-#                with what had arrived: status 499 where the client hung up, 502 or 504 where the upstream broke off.
+# Forwarded calls: what a proxy understands of a request and of its answer, while both pass as they are.
 # ======================================================================================================================
 
 _KEY_HEADERS = ("authorization", "x-api-key", "api-key", "x-goog-api-key")
@@ -5590,58 +5677,6 @@ def base_url_of(settings: ServiceSettings, model: str | None) -> str:
         message = "%s, and there is no default; proxy_rules has %s" % (what, known)
         raise ApiError(400, message, code="model_not_found", param="model")
     return url
-
-
-class Secrets:
-    """Keys that must not be written down, though an upstream may have sent them back.
-
-    is_cut: whether what is searched was cut off, perhaps in the middle of a key.  Only what is long enough is taken for
-    a key: agents are given words like "unused".
-    """
-
-    def __init__(self, keys: list, is_cut: bool = False):
-        long_enough = {key for key in keys if key and len(key) >= MIN_SECRET_LENGTH}
-        self._keys = sorted(long_enough, key=len, reverse=True)  # or the end of one that begins as another would stay
-        self._is_cut = is_cut
-
-    def hide(self, text: str | None) -> str | None:
-        """A text without them."""
-        for key in self._keys if text else ():
-            text = text.replace(key, "[key]")
-            beginnings = range(len(key) - 1, MIN_SECRET_LENGTH - 1, -1) if self._is_cut else ()
-            size = next((size for size in beginnings if text.endswith(key[:size])), 0)
-            text = text[:-size] + "[key]" if size else text
-        return text
-
-    def hide_in_json(self, text: str | None) -> str | None:
-        """A JSON text without them, however its strings write their characters."""
-        if not text or not self._keys or not self._may_hold_some(text):
-            return text
-        return _STRING_OR_SPACE.sub(self._hide_in_token, text)
-
-    def _may_hold_some(self, text):
-        is_plain = not self._is_cut and "\\/" not in text and "\\u00" not in text
-        return not is_plain or any(dump_json(key)[1:-1] in text for key in self._keys)
-
-    def _hide_in_token(self, match):
-        token = match.group()
-        if not match.group(1) or len(token) < MIN_SECRET_LENGTH:
-            return token
-        string = parse_json(token)
-        hidden = self.hide(string)
-        return token if hidden == string else dump_json(hidden)
-
-    def in_body(self, body: bytes) -> tuple[str | None, str | None]:
-        """A body that is no JSON, as the JSON text of a string, and what that holds: "text" or "base64"; else None."""
-        if not body:
-            return None, None
-        try:
-            return dump_json(self.hide(body.decode("utf-8"))), "text"
-        except UnicodeDecodeError:
-            from base64 import b64encode
-
-            text = self.hide(body.decode("latin-1"))
-            return dump_json(b64encode(text.encode("latin-1")).decode()), "base64"
 
 
 class ForwardedRequest:
@@ -5906,6 +5941,31 @@ class RecordedAnswer:
         if self._status < 400:
             return text, kind, None
         return text, kind, error_message(value) or "the upstream answered %d" % self._status
+
+
+# ======================================================================================================================
+# Proxy service: calls go on to a model's server, and are written down on the way back.
+#
+#   Bytes        Bodies pass as they are, in both directions; `request_overrides`, where set, rewrite a JSON request.
+#   Attempts     Until the client gets its first byte, an attempt that fails may be followed by another.  So a stream is
+#                held until it begins, and any other answer until it is whole, or HOLD_BYTES have come; but neither for
+#                longer than `heartbeat_seconds`.
+#   The record   is on disk before the client can see the end of its answer.  A call that ended early is written down
+#                with what had arrived: status 499 where the client hung up, 502 or 504 where the upstream broke off.
+# ======================================================================================================================
+
+
+class ProxySession:
+    """What a proxy has of a session: its end, which a trainer hears of as in the local type."""
+
+    has_ended = False  # a proxy answers on
+
+    def __init__(self, log: MarkerLog):
+        self._log = log
+
+    def end(self) -> None:
+        """Write SESSION_END.  Raises StorageError."""
+        self._log.append_session_end()
 
 
 class ProxyCall:
@@ -6494,25 +6554,231 @@ def _cut_off(body):
     raise ReplyBroken("as it was recorded")
 
 
-class ProxySession:
-    """What a proxy has of a session: its end, which a trainer hears of as in the local type."""
-
-    has_ended = False  # a proxy answers on
-
-    def __init__(self, log: MarkerLog):
-        self._log = log
-
-    def end(self) -> None:
-        """Write SESSION_END.  Raises StorageError."""
-        self._log.append_session_end()
+# ======================================================================================================================
+# Built-in tools: those of modelscope-agent that need nothing but a web service, and what they have in common.
+# ======================================================================================================================
 
 
-def proxy_service(settings, paths: DataPaths, log: MarkerLog, logger, *_) -> ProxyService | ReplayService:
-    """The service of the proxy type, forwarding or replaying.  Raises UsageError."""
-    session = ProxySession(log)
-    if settings.replay_file:
-        return ReplayService(session, Recording(settings.replay_file, settings.replay_match == "request"), logger)
-    return ProxyService(session, settings, Trajectory(paths.traj_file, logger), http_proxies(os.environ), logger)
+class BaseTool:
+    """What modelscope-agent's tools are made from, where that package is not installed.
+
+    cfg: of the tool, or of several by name.
+    """
+
+    name = ""
+    description = ""
+    parameters = ()
+
+    def __init__(self, cfg: dict | None = None):
+        own = (cfg or {}).get(self.name)
+        self.cfg = own if isinstance(own, dict) else cfg or {}
+
+    def call(self, params: str, **kwargs) -> object:
+        """Answer a call.  params: JSON text."""
+        raise NotImplementedError
+
+    def _verify_args(self, params):
+        """As the original's: the arguments; ValueError where a required one is missing."""
+        arguments = parse_arguments(params)[1]
+        for name in arguments_schema(self.parameters).get("required", ()):
+            if name not in arguments:
+                raise ValueError("param `%s` is required" % name)
+        return arguments
+
+
+class RenewInstance(BaseTool):
+    """modelscope-agent's demonstration tool: it says that it renewed a machine, and does nothing."""
+
+    name = "RenewInstance"
+    description = "续费一台包年包月ECS实例"
+    parameters = [
+        {"name": "instance_id", "description": "ECS实例ID", "required": True, "type": "string"},
+        {"name": "period", "description": "续费时长以月为单位", "required": True, "type": "string"},
+    ]
+
+    def call(self, params, **_):
+        """The sentence that the original says."""
+        arguments = self._verify_args(params)
+        return "已完成ECS实例ID为%s的续费，续费时长%s月" % (arguments["instance_id"], arguments["period"])
+
+
+class _WebTool(BaseTool):
+    """A tool that asks a web service.
+
+    Its cfg may have `base_url`, and `api_key` (or `token`), which a call's kwargs may give, too, as `key_name`.  Where
+    the cfg says neither, the environment counts: `key_variable`, and `url_variable` for another base URL.  A key from
+    the environment goes to a base URL from there only: it must not follow whoever may write the cfg.
+    """
+
+    base_url = key_name = key_variable = url_variable = ""
+
+    def __init__(self, cfg=None):
+        super().__init__(cfg)
+        try:
+            self._url = as_url(self.cfg.get("base_url") or os.environ.get(self.url_variable) or self.base_url)
+        except (ValueError, UsageError):
+            raise ValueError("its base_url must be a URL without a key in it, as %s" % self.base_url) from None
+
+    def _key(self, kwargs):
+        """The key for a call.  Raises ValueError where there is none."""
+        given_url = self.cfg.get("base_url")
+        key = kwargs.get(self.key_name) or self.cfg.get("api_key") or self.cfg.get("token")
+        if not key and not given_url:
+            key = os.environ.get(self.key_variable)
+        if not key:
+            message = "%s needs a key: give it as %s in the call's kwargs, as api_key in its tool_cfg%s"
+            where = "" if given_url else ", or as %s in its environment" % self.key_variable
+            raise ValueError(message % (self.name, self.key_name, where))
+        try:
+            return as_api_key(key)
+        except ValueError as error:
+            raise ValueError("the key of %s %s" % (self.name, error)) from None
+
+
+def direct_opener(*handlers) -> object:
+    """As urllib's build_opener, but it follows no redirect: a key that is sent would go wherever the service says."""
+    from urllib.error import URLError
+    from urllib.request import BaseHandler, HTTPRedirectHandler, build_opener
+
+    class NoRedirect(HTTPRedirectHandler):
+        def redirect_request(self, *_):
+            return None
+
+    class WithoutSSL(BaseHandler):
+        handler_order = HTTPRedirectHandler.handler_order + 1  # after urllib's own for https, where there is one
+
+        def https_open(self, _):
+            raise URLError(NO_SSL)
+
+    return build_opener(NoRedirect, WithoutSSL, *handlers)
+
+
+def _fetch_json(url, headers=None, value=None):
+    """A web service's JSON answer.  Raises RuntimeError with what it said; never the URL, which may hold a key."""
+    import urllib.error
+    import urllib.request
+    from http.client import HTTPException
+
+    body = None if value is None else dump_json(value).encode("utf-8")
+    headers = {"Content-Type": "application/json", **(headers or {})} if body else headers or {}
+    request = urllib.request.Request(url, body, headers)
+    try:
+        with direct_opener().open(request, timeout=TOOL_HTTP_SECONDS) as response:
+            return parse_json(response.read(READ_BLOCK_BYTES).decode("utf-8"))
+    except urllib.error.HTTPError as error:
+        with error:
+            said = error.read(READ_BLOCK_BYTES).decode("utf-8", "replace")
+        raise RuntimeError("the service answered %d: %s" % (error.code, said)) from None
+    except urllib.error.URLError as error:
+        raise RuntimeError("the service does not answer: %s" % error.reason) from None
+    except (OSError, ValueError, HTTPException) as error:
+        raise RuntimeError("the service's answer cannot be read: %s" % raised(error)) from None
+
+
+class AMapWeather(_WebTool):
+    """The weather at a place in China, from AMap's web service."""
+
+    name = "amap_weather"
+    description = "获取对应城市的天气数据"
+    parameters = [
+        {
+            "name": "location",
+            "type": "string",
+            "description": "城市/区具体名称，如`北京市海淀区`请描述为`海淀区`",
+            "required": True,
+        }
+    ]
+    base_url, url_variable = "https://restapi.amap.com", "AMAP_BASE_URL"
+    key_name, key_variable = "amap_api_key", "AMAP_TOKEN"
+
+    def call(self, params, **kwargs):
+        """`<place>的天气是<weather>温度是<degrees>度。`  Raises RuntimeError with what the service said."""
+        location = self._verify_args(params)["location"]
+        key = self._key(kwargs)
+        districts = self._ask("/v3/config/district", "districts", keywords=location, subdistrict="0", key=key)
+        code = districts[0].get("adcode")
+        live = self._ask("/v3/weather/weatherInfo", "lives", city=code, key=key)[0]
+        return "%s的天气是%s温度是%s度。" % (location, live.get("weather"), live.get("temperature"))
+
+    def _ask(self, path, what, **query):
+        from urllib.parse import urlencode
+
+        answer = _fetch_json("%s%s?%s" % (self._url, path, urlencode(query)))
+        found = answer.get(what) if isinstance(answer, dict) else None
+        if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+            said = answer.get("info") if isinstance(answer, dict) else None
+            raise RuntimeError("AMap refused: %s" % said)
+        if not found:
+            raise ValueError("AMap knows no such place")
+        return found
+
+
+class ImageGeneration(_WebTool):
+    """An image from a description, by DashScope's web service.
+
+    Its cfg may have `model`, too.
+    """
+
+    name = "image_gen"
+    description = "AI绘画（图像生成）服务，输入文本描述和图像分辨率，返回根据文本信息绘制的图片URL。"
+    parameters = [
+        {
+            "name": "text",
+            "type": "string",
+            "description": "详细描述了希望生成的图像具有什么内容，例如人物、环境、动作等细节描述",
+            "required": True,
+        },
+        {
+            "name": "resolution",
+            "type": "string",
+            "description": "格式是 数字*数字，表示希望生成的图像的分辨率大小，选项有[1024*1024, 720*1280, 1280*720]",
+            "required": False,
+        },
+    ]
+    base_url, url_variable = "https://dashscope.aliyuncs.com", "DASHSCOPE_BASE_URL"
+    key_name, key_variable = "dashscope_api_key", "DASHSCOPE_API_KEY"
+    sizes = ("1280*720", "720*1280", "1024*1024")
+
+    def call(self, params, **kwargs):
+        """`![IMAGEGEN](<URL>)`  Raises RuntimeError with what the service said."""
+        arguments = self._verify_args(params)
+        headers = {"Authorization": "Bearer " + self._key(kwargs)}
+        size = arguments.get("resolution")
+        task = {
+            "model": str(kwargs.get("model") or self.cfg.get("model") or "wanx-v1"),
+            "input": {"prompt": arguments["text"]},
+            "parameters": {"n": 1, "size": size if size in self.sizes else self.sizes[0]},
+        }
+        url = self._url + "/api/v1/services/aigc/text2image/image-synthesis"
+        output = self._output(_fetch_json(url, {**headers, "X-DashScope-Async": "enable"}, task))
+        delay = 0.5
+        while output.get("task_status") in ("PENDING", "RUNNING", "SUSPENDED"):  # the node ends what takes too long
+            time.sleep(delay)
+            delay = min(2 * delay, 4.0)
+            output = self._output(_fetch_json("%s/api/v1/tasks/%s" % (self._url, self._task_id(output)), headers))
+        return "![IMAGEGEN](%s)" % self._image_url(output)
+
+    def _output(self, answer):
+        output = answer.get("output") if isinstance(answer, dict) else None
+        if not isinstance(output, dict):
+            raise RuntimeError("DashScope answered without an output: %s" % dump_json(answer))
+        return output
+
+    def _task_id(self, output):
+        task_id = str(output.get("task_id"))
+        if not re.match(r"[A-Za-z0-9_-]+\Z", task_id):
+            raise RuntimeError("DashScope's answer has no task_id")
+        return task_id
+
+    def _image_url(self, output):
+        results = output.get("results")
+        first = results[0] if isinstance(results, list) and results else None
+        if output.get("task_status") != "SUCCEEDED" or not isinstance(first, dict) or not first.get("url"):
+            raise RuntimeError("DashScope made no image: %s" % dump_json(output))
+        return first["url"]
+
+
+BUILT_IN_TOOLS = {tool.name: tool for tool in (RenewInstance, AMapWeather, ImageGeneration)}
 
 
 # ======================================================================================================================
@@ -6727,51 +6993,6 @@ def _tool_of_function(function):
     return Tool(name, description, parameters, arguments_schema(parameters), call, ToolLoop())
 
 
-def _said_by(error):
-    try:
-        return " ".join(str(error)[:READ_BLOCK_BYTES].split())
-    except Exception as other:
-        return "its message cannot be made (%s)" % type(other).__name__
-
-
-def raised(error: BaseException) -> str:
-    """What was raised, in a line for people: its type and what it says, which may be long."""
-    said = _said_by(error)
-    return "%s: %s" % (type(error).__name__, said) if said else type(error).__name__
-
-
-def shortened(text: str) -> str:
-    """A text for a message; of a long one, its beginning."""
-    return text if len(text) <= MAX_SAID_CHARACTERS else text[:MAX_SAID_CHARACTERS] + " ..."
-
-
-class BaseTool:
-    """What modelscope-agent's tools are made from, where that package is not installed.
-
-    cfg: of the tool, or of several by name.
-    """
-
-    name = ""
-    description = ""
-    parameters = ()
-
-    def __init__(self, cfg: dict | None = None):
-        own = (cfg or {}).get(self.name)
-        self.cfg = own if isinstance(own, dict) else cfg or {}
-
-    def call(self, params: str, **kwargs) -> object:
-        """Answer a call.  params: JSON text."""
-        raise NotImplementedError
-
-    def _verify_args(self, params):
-        """As the original's: the arguments; ValueError where a required one is missing."""
-        arguments = parse_arguments(params)[1]
-        for name in arguments_schema(self.parameters).get("required", ()):
-            if name not in arguments:
-                raise ValueError("param `%s` is required" % name)
-        return arguments
-
-
 def _stand_in_for_modelscope():
     """Let `from modelscope_agent.tools.base import BaseTool, register_tool` work where there is no such package."""
     from importlib.util import find_spec
@@ -6807,204 +7028,9 @@ def _registered():
     return {name: entry.get("class") if isinstance(entry, dict) else entry for name, entry in entries}
 
 
-class RenewInstance(BaseTool):
-    """modelscope-agent's demonstration tool: it says that it renewed a machine, and does nothing."""
-
-    name = "RenewInstance"
-    description = "续费一台包年包月ECS实例"
-    parameters = [
-        {"name": "instance_id", "description": "ECS实例ID", "required": True, "type": "string"},
-        {"name": "period", "description": "续费时长以月为单位", "required": True, "type": "string"},
-    ]
-
-    def call(self, params, **_):
-        """The sentence that the original says."""
-        arguments = self._verify_args(params)
-        return "已完成ECS实例ID为%s的续费，续费时长%s月" % (arguments["instance_id"], arguments["period"])
-
-
-class _WebTool(BaseTool):
-    """A tool that asks a web service.
-
-    Its cfg may have `base_url`, and `api_key` (or `token`), which a call's kwargs may give, too, as `key_name`.  Where
-    the cfg says neither, the environment counts: `key_variable`, and `url_variable` for another base URL.  A key from
-    the environment goes to a base URL from there only: it must not follow whoever may write the cfg.
-    """
-
-    base_url = key_name = key_variable = url_variable = ""
-
-    def __init__(self, cfg=None):
-        super().__init__(cfg)
-        try:
-            self._url = as_url(self.cfg.get("base_url") or os.environ.get(self.url_variable) or self.base_url)
-        except (ValueError, UsageError):
-            raise ValueError("its base_url must be a URL without a key in it, as %s" % self.base_url) from None
-
-    def _key(self, kwargs):
-        """The key for a call.  Raises ValueError where there is none."""
-        given_url = self.cfg.get("base_url")
-        key = kwargs.get(self.key_name) or self.cfg.get("api_key") or self.cfg.get("token")
-        if not key and not given_url:
-            key = os.environ.get(self.key_variable)
-        if not key:
-            message = "%s needs a key: give it as %s in the call's kwargs, as api_key in its tool_cfg%s"
-            where = "" if given_url else ", or as %s in its environment" % self.key_variable
-            raise ValueError(message % (self.name, self.key_name, where))
-        try:
-            return as_api_key(key)
-        except ValueError as error:
-            raise ValueError("the key of %s %s" % (self.name, error)) from None
-
-
-def direct_opener(*handlers) -> object:
-    """As urllib's build_opener, but it follows no redirect: a key that is sent would go wherever the service says."""
-    from urllib.error import URLError
-    from urllib.request import BaseHandler, HTTPRedirectHandler, build_opener
-
-    class NoRedirect(HTTPRedirectHandler):
-        def redirect_request(self, *_):
-            return None
-
-    class WithoutSSL(BaseHandler):
-        handler_order = HTTPRedirectHandler.handler_order + 1  # after urllib's own for https, where there is one
-
-        def https_open(self, _):
-            raise URLError(NO_SSL)
-
-    return build_opener(NoRedirect, WithoutSSL, *handlers)
-
-
-def _fetch_json(url, headers=None, value=None):
-    """A web service's JSON answer.  Raises RuntimeError with what it said; never the URL, which may hold a key."""
-    import urllib.error
-    import urllib.request
-    from http.client import HTTPException
-
-    body = None if value is None else dump_json(value).encode("utf-8")
-    headers = {"Content-Type": "application/json", **(headers or {})} if body else headers or {}
-    request = urllib.request.Request(url, body, headers)
-    try:
-        with direct_opener().open(request, timeout=TOOL_HTTP_SECONDS) as response:
-            return parse_json(response.read(READ_BLOCK_BYTES).decode("utf-8"))
-    except urllib.error.HTTPError as error:
-        with error:
-            said = error.read(READ_BLOCK_BYTES).decode("utf-8", "replace")
-        raise RuntimeError("the service answered %d: %s" % (error.code, said)) from None
-    except urllib.error.URLError as error:
-        raise RuntimeError("the service does not answer: %s" % error.reason) from None
-    except (OSError, ValueError, HTTPException) as error:
-        raise RuntimeError("the service's answer cannot be read: %s" % raised(error)) from None
-
-
-class AMapWeather(_WebTool):
-    """The weather at a place in China, from AMap's web service."""
-
-    name = "amap_weather"
-    description = "获取对应城市的天气数据"
-    parameters = [
-        {
-            "name": "location",
-            "type": "string",
-            "description": "城市/区具体名称，如`北京市海淀区`请描述为`海淀区`",
-            "required": True,
-        }
-    ]
-    base_url, url_variable = "https://restapi.amap.com", "AMAP_BASE_URL"
-    key_name, key_variable = "amap_api_key", "AMAP_TOKEN"
-
-    def call(self, params, **kwargs):
-        """`<place>的天气是<weather>温度是<degrees>度。`  Raises RuntimeError with what the service said."""
-        location = self._verify_args(params)["location"]
-        key = self._key(kwargs)
-        districts = self._ask("/v3/config/district", "districts", keywords=location, subdistrict="0", key=key)
-        code = districts[0].get("adcode")
-        live = self._ask("/v3/weather/weatherInfo", "lives", city=code, key=key)[0]
-        return "%s的天气是%s温度是%s度。" % (location, live.get("weather"), live.get("temperature"))
-
-    def _ask(self, path, what, **query):
-        from urllib.parse import urlencode
-
-        answer = _fetch_json("%s%s?%s" % (self._url, path, urlencode(query)))
-        found = answer.get(what) if isinstance(answer, dict) else None
-        if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
-            said = answer.get("info") if isinstance(answer, dict) else None
-            raise RuntimeError("AMap refused: %s" % said)
-        if not found:
-            raise ValueError("AMap knows no such place")
-        return found
-
-
-class ImageGeneration(_WebTool):
-    """An image from a description, by DashScope's web service.
-
-    Its cfg may have `model`, too.
-    """
-
-    name = "image_gen"
-    description = "AI绘画（图像生成）服务，输入文本描述和图像分辨率，返回根据文本信息绘制的图片URL。"
-    parameters = [
-        {
-            "name": "text",
-            "type": "string",
-            "description": "详细描述了希望生成的图像具有什么内容，例如人物、环境、动作等细节描述",
-            "required": True,
-        },
-        {
-            "name": "resolution",
-            "type": "string",
-            "description": "格式是 数字*数字，表示希望生成的图像的分辨率大小，选项有[1024*1024, 720*1280, 1280*720]",
-            "required": False,
-        },
-    ]
-    base_url, url_variable = "https://dashscope.aliyuncs.com", "DASHSCOPE_BASE_URL"
-    key_name, key_variable = "dashscope_api_key", "DASHSCOPE_API_KEY"
-    sizes = ("1280*720", "720*1280", "1024*1024")
-
-    def call(self, params, **kwargs):
-        """`![IMAGEGEN](<URL>)`  Raises RuntimeError with what the service said."""
-        arguments = self._verify_args(params)
-        headers = {"Authorization": "Bearer " + self._key(kwargs)}
-        size = arguments.get("resolution")
-        task = {
-            "model": str(kwargs.get("model") or self.cfg.get("model") or "wanx-v1"),
-            "input": {"prompt": arguments["text"]},
-            "parameters": {"n": 1, "size": size if size in self.sizes else self.sizes[0]},
-        }
-        url = self._url + "/api/v1/services/aigc/text2image/image-synthesis"
-        output = self._output(_fetch_json(url, {**headers, "X-DashScope-Async": "enable"}, task))
-        delay = 0.5
-        while output.get("task_status") in ("PENDING", "RUNNING", "SUSPENDED"):  # the node ends what takes too long
-            time.sleep(delay)
-            delay = min(2 * delay, 4.0)
-            output = self._output(_fetch_json("%s/api/v1/tasks/%s" % (self._url, self._task_id(output)), headers))
-        return "![IMAGEGEN](%s)" % self._image_url(output)
-
-    def _output(self, answer):
-        output = answer.get("output") if isinstance(answer, dict) else None
-        if not isinstance(output, dict):
-            raise RuntimeError("DashScope answered without an output: %s" % dump_json(answer))
-        return output
-
-    def _task_id(self, output):
-        task_id = str(output.get("task_id"))
-        if not re.match(r"[A-Za-z0-9_-]+\Z", task_id):
-            raise RuntimeError("DashScope's answer has no task_id")
-        return task_id
-
-    def _image_url(self, output):
-        results = output.get("results")
-        first = results[0] if isinstance(results, list) and results else None
-        if output.get("task_status") != "SUCCEEDED" or not isinstance(first, dict) or not first.get("url"):
-            raise RuntimeError("DashScope made no image: %s" % dump_json(output))
-        return first["url"]
-
-
-BUILT_IN_TOOLS = {tool.name: tool for tool in (RenewInstance, AMapWeather, ImageGeneration)}
-
-
 # ======================================================================================================================
-# Tool node: one tool behind HTTP, for the manager that made it. The tool runs in worker processes, so that whatever it
-# does (hang, exit, print, fill the memory) is the end of one call and of one worker, and the node answers on.
+# Tool workers: the processes in which a tool runs, so that whatever it does (hang, exit, print, fill the memory) is the
+# end of one call and of one worker.
 #
 #   Worker       a process of this interpreter in a group of its own that loads the tool and runs one call at a time.
 #                Workers are begun as calls need them; the first idle one, by age, takes a call, so that calls which
@@ -7378,6 +7404,11 @@ class WorkerPool:
             worker.kill()
 
 
+# ======================================================================================================================
+# Tool node: one tool behind HTTP, for the manager that made it.
+# ======================================================================================================================
+
+
 def new_request_id() -> str:
     """As in the answers of modelscope-agent's servers."""
     import uuid
@@ -7395,23 +7426,6 @@ def envelope_error(error: ApiError, request_id: str | None = None) -> Reply:
     """An error of these servers: `{request_id, message}`."""
     body = _line({"request_id": request_id or new_request_id(), "message": str(error)})
     return Reply(error.status, body, headers=error.headers)
-
-
-_SECRET_NAME = re.compile("key|token|secret|passw|auth|credential|cookie", re.IGNORECASE)
-
-
-def secrets_in(value: object) -> list:
-    """The values in a configuration that are secrets, as their names tell; as texts."""
-    secrets, waiting = [], [(value, False)]
-    while waiting:
-        part, is_secret = waiting.pop()
-        if isinstance(part, dict):
-            waiting += [(part[name], is_secret or bool(_SECRET_NAME.search(name))) for name in part]
-        elif isinstance(part, list):
-            waiting += [(item, is_secret) for item in part]
-        elif is_secret:
-            secrets.append(str(part))
-    return secrets
 
 
 def node_proof(api_key: str, nonce: str) -> str:
@@ -7623,6 +7637,27 @@ class Server:
         self.service.close()
 
 
+def local_service(settings, paths: DataPaths, log: MarkerLog, logger, is_resumed, earlier: dict) -> LocalService:
+    """The service of the local type.  Raises StorageError.
+
+    is_resumed: go on with the files of the earlier session.  earlier: the state that its service left.
+    """
+    trajectory = Trajectory(paths.traj_file, logger)
+    if is_resumed:
+        trajectory.close_torn_line()
+    recorded = recorded_turns(paths.traj_file, trajectory_start(earlier)) if is_resumed else {}
+    session = LocalSession(log, settings.polling_interval_seconds, logger, recorded, was_killed="pid" in earlier)
+    return LocalService(session, trajectory, settings, logger, "log %s" % paths.log_file)
+
+
+def proxy_service(settings, paths: DataPaths, log: MarkerLog, logger, *_) -> ProxyService | ReplayService:
+    """The service of the proxy type, forwarding or replaying.  Raises UsageError."""
+    session = ProxySession(log)
+    if settings.replay_file:
+        return ReplayService(session, Recording(settings.replay_file, settings.replay_match == "request"), logger)
+    return ProxyService(session, settings, Trajectory(paths.traj_file, logger), http_proxies(os.environ), logger)
+
+
 _MODEL_SERVICES = {"local": local_service, "proxy": proxy_service}
 
 
@@ -7675,194 +7710,7 @@ def tool_server(settings: ServiceSettings, logger) -> Server:
 
 
 # ======================================================================================================================
-# Reading trajectories: what `traj` shows of each call. One line of the file is in memory at a time.
-# ======================================================================================================================
-
-_UNPRINTABLE = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
-TRAJ_COLUMNS = ("line", "time", "model", "status", "seconds", "tok. in", "tok. out", "what")
-TRAJ_TABLE = "%5s  %-19s  %-24s  %6s  %9s  %8s  %8s  %s"  # for people
-TRAJ_TABS = "\t".join(["%s"] * len(TRAJ_COLUMNS))  # for scripts
-
-
-def printable(text: str) -> str:
-    """A text that a terminal shows and does not obey: control characters as escapes, line ends and tabs as they are."""
-    return re.sub(_UNPRINTABLE, lambda match: match.group().encode("unicode_escape").decode(), text)
-
-
-@dataclass(frozen=True)
-class CallSummary:
-    """One call of a trajectory in a few words.
-
-    line: its number in the file.  time: when it began, seconds since the epoch.  seconds: until it ended.  tokens: of
-    the prompt, and of the answer.  tool_calls: their names.  What the record does not have is None.
-    """
-
-    line: int
-    time: float | None
-    model: str | None
-    method: str
-    path: str
-    stream: bool
-    status: int
-    seconds: float | None
-    prompt_tokens: int | None
-    completion_tokens: int | None
-    finish_reason: str | None
-    tool_calls: list
-    attempts: int | None
-    partial: bool
-    error: str | None
-
-    @classmethod
-    def of(cls, line: int, record: dict) -> CallSummary:
-        """Of a record.  Raises ValueError where it is none."""
-        if "request" not in record or "response" not in record:
-            raise ValueError("a call needs both request and response")
-        usage, choice = _usage_of(record["response"]), _first_choice(record["response"])
-        calls = choice["message"].get("tool_calls")
-        return cls(
-            line=line,
-            time=_number(record.get("start_time")),
-            model=_text_or_none(record.get("model")),
-            method=_text_or_none(record.get("method")) or "POST",
-            path=_text_or_none(record.get("path")) or "/v1/chat/completions",
-            stream=bool(record.get("stream")),
-            status=recorded_status(record),
-            seconds=_number(record.get("response_time")),
-            prompt_tokens=_number(usage.get("prompt_tokens", usage.get("input_tokens"))),
-            completion_tokens=_number(usage.get("completion_tokens", usage.get("output_tokens"))),
-            finish_reason=_text_or_none(choice.get("finish_reason")),
-            tool_calls=[_function_of(call)[0] for call in calls] if isinstance(calls, list) else [],
-            attempts=_number(record.get("attempts")),
-            partial=bool(record.get("partial")),
-            error=_text_or_none(record.get("error")),
-        )
-
-    def row(self) -> tuple:
-        """What the table says of it: a text for each of TRAJ_COLUMNS, without tabs and line ends."""
-        when = "-" if self.time is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.time))
-        seconds = "-" if self.seconds is None else "%.3f" % self.seconds
-        tokens = ["-" if count is None else "%d" % count for count in (self.prompt_tokens, self.completion_tokens)]
-        row = (str(self.line), when, self.model or "-", str(self.status), seconds, *tokens, self._what())
-        return tuple(printable(text).replace("\n", "\\n").replace("\t", "\\t") for text in row)
-
-    def _what(self):
-        words = [] if self.path.endswith("/chat/completions") else ["%s %s" % (self.method, self.path)]
-        words += ["stream"] if self.stream else []
-        words += ["cut off"] if self.partial else []
-        words += ["%d attempts" % self.attempts] if (self.attempts or 1) > 1 else []
-        words += ["calls " + ", ".join(self.tool_calls)] if self.tool_calls else []
-        words += [self.finish_reason] if self.finish_reason not in (None, "stop", "tool_calls") else []
-        return "; ".join(words + ([self.error] if self.error else []))
-
-
-def _number(value):
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15 else None
-
-
-def _text_or_none(value):
-    return value if isinstance(value, str) else None
-
-
-def _usage_of(response):
-    """The token counts of an answer of any of the usual APIs; of a stream's events, put together."""
-    if isinstance(response, list):
-        usage = {}
-        for event in response:
-            data = event.get("data") if isinstance(event, dict) else None
-            for part in (data, data.get("response"), data.get("message")) if isinstance(data, dict) else ():
-                usage.update(_usage_of(part))
-        return usage
-    usage = response.get("usage") if isinstance(response, dict) else None
-    return {key: value for key, value in usage.items() if value is not None} if isinstance(usage, dict) else {}
-
-
-def _first_choice(response):
-    """The first choice of a completion, whose message is an object; an empty one where there is none."""
-    choices = response.get("choices") if isinstance(response, dict) else None
-    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
-    message = choice.get("message")
-    return {**choice, "message": message if isinstance(message, dict) else {}}
-
-
-def _function_of(call):
-    """(name, arguments) of a tool call."""
-    function = call.get("function") if isinstance(call, dict) else None
-    function = function if isinstance(function, dict) else {}
-    arguments = function.get("arguments", "")
-    return str(function.get("name", "?")), arguments if isinstance(arguments, str) else dump_json(arguments)
-
-
-def conversation(record: dict, earlier: list) -> list:
-    """The lines that show what was said in a call.
-
-    earlier: the messages of the call before; where this one begins with them, they are not shown again.
-    """
-    request, response = record["request"], record["response"]
-    messages = messages_of(record)
-    lines = []
-    if messages:
-        known = len(earlier) if earlier and messages[: len(earlier)] == earlier else 0
-        lines += ["    ... as in the call before: %d" % known] if known else []
-        for message in messages[known:]:
-            lines += _message_lines(message)
-    elif request is not None:
-        lines += _said(
-            "request", request if isinstance(request, str) else json.dumps(request, ensure_ascii=False, indent=2)
-        )
-    choices = response.get("choices") if isinstance(response, dict) else None
-    answers = [_first_choice({"choices": [choice]}) for choice in choices] if isinstance(choices, list) else []
-    for choice in answers:
-        name = "answer" if len(answers) == 1 else "answer %s" % choice.get("index", "?")
-        lines += _message_lines({**choice["message"], "role": name}, choice.get("text"))
-    if not answers and response is not None:
-        text = response if isinstance(response, str) else json.dumps(response, ensure_ascii=False, indent=2)
-        lines += _said("answer", text)
-    return lines + (_said("error", str(record["error"])) if record.get("error") else [])
-
-
-def messages_of(record: dict) -> list:
-    """The messages of a call's request; none where it has none."""
-    messages = record["request"].get("messages") if isinstance(record["request"], dict) else None
-    return messages if isinstance(messages, list) else []
-
-
-def _message_lines(message, text=None):
-    if not isinstance(message, dict):
-        return _said("message", dump_json(message))
-    lines = []
-    for key in ("reasoning_content", "reasoning"):
-        lines += _said("reasoning", message[key]) if isinstance(message.get(key), str) and message[key] else []
-    content = _content_text(message.get("content") if text is None else text)
-    calls = message.get("tool_calls")
-    if content or not calls:
-        lines += _said(str(message.get("role", "message")), content)
-    for call in calls if isinstance(calls, list) else ():
-        lines += _said("calls", "%s(%s)" % _function_of(call))
-    return lines
-
-
-def _content_text(content):
-    if isinstance(content, str) or content is None:
-        return content or ""
-    parts = content if isinstance(content, list) else [content]
-    return "\n".join(_part_text(part) for part in parts)
-
-
-def _part_text(part):
-    if not isinstance(part, dict):
-        return str(part)
-    return part["text"] if isinstance(part.get("text"), str) else "[%s]" % part.get("type", "?")
-
-
-def _said(name, text):
-    first, *others = printable(text).split("\n")
-    name = printable(name).replace("\n", "\\n")
-    return ["    %-10s %s" % (name + ":", first)] + ["               " + line for line in others]
-
-
-# ======================================================================================================================
-# Command line: one function a command. Standard output is for what was asked for, standard error for everything else.
+# Standard streams: what people and scripts read, in UTF-8 whatever the locale, and nothing that a terminal obeys.
 # ======================================================================================================================
 
 
@@ -7936,6 +7784,19 @@ def _tell_waiting(text, over):
         sys.stderr.flush()
 
 
+_UNPRINTABLE = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+
+
+def printable(text: str) -> str:
+    """A text that a terminal shows and does not obey: control characters as escapes, line ends and tabs as they are."""
+    return re.sub(_UNPRINTABLE, lambda match: match.group().encode("unicode_escape").decode(), text)
+
+
+# ======================================================================================================================
+# Running a service: in this process until a signal ends it, or in the background; asked, and stopped, from outside.
+# ======================================================================================================================
+
+
 def connect_host(host: str) -> str:
     """The address at which a server that listens on `host` is reached from this machine."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
@@ -7981,68 +7842,6 @@ def call_service(
     finally:
         connection.close()
     return answer
-
-
-def command_start(args: argparse.Namespace) -> int:
-    """Run the service, here or in the background."""
-    flags = given_settings(ServiceSettings, args)
-    data_dir = resolve_data_dir(args.data_dir, os.environ)
-    state = ServiceState(data_dir)
-    earlier = state.read() if args.resume else {}
-    proxied = earlier.get("settings")
-    known = {**earlier, **(proxied if isinstance(proxied, dict) else {})}
-    settings = resolve_settings(ServiceSettings, flags, os.environ, args.config_file, known)
-    settings.check(flags)
-    if args.resume:
-        _check_resumed(settings, earlier)
-    state.title = _title(state.read().get("type") if state.is_running() else settings.type)
-    if settings.port == 0 and args.port is None and type(earlier.get("port")) is int:
-        settings = replace(settings, port=earlier["port"])  # "any free port" means the one that agents know by now
-    unused = settings.unused()
-    if unused:
-        names, kinds = [spec.name for spec in unused], sorted({spec.metadata["only"] for spec in unused})
-        message = "this is the %s type; for --type %s only: %s"
-        complain(message % (settings.type, " or ".join(kinds), ", ".join(names)))
-    paths = DataPaths.of(data_dir, settings)
-    try:
-        paths.make_directories()
-    except OSError as error:
-        hint = "" if os.path.isdir(data_dir) else "; " + GIVE_DATA_DIR
-        raise StorageError("cannot make %s: %s%s" % (error.filename, error.strerror, hint)) from None
-    if args.foreground:
-        return run_service(state, args.ready_fd, _serving(settings, paths, args, state))
-    return _start_in_background(settings, paths, args, flags, state)
-
-
-def _check_resumed(settings, earlier):
-    """Refuse to go on without the keys that the last service had, or where there is nothing to go on with."""
-    if settings.type == "tool-node":
-        raise UsageError("--resume goes on with a session, which a tool node has not: start it anew")
-    if earlier.get("has_api_key") and settings.api_key is None:
-        raise UsageError("the last service asked for an API key: give it again, in ROCK_MODEL_SERVICE_API_KEY")
-    if earlier.get("has_upstream_api_key") and settings.upstream_api_key is None:
-        raise UsageError("the last service had an upstream's key: give it in ROCK_MODEL_SERVICE_UPSTREAM_API_KEY")
-
-
-def _serving(settings, paths, args, state):
-    """The service, for `run_service`."""
-
-    def open_server(earlier, logger, publish):
-        if settings.type == "tool-node":
-            return tool_server(settings, logger)
-        if args.resume:
-            publish(watched=earlier.get("watched", {}), traj_start=trajectory_start(earlier))
-        else:
-            publish(watched={}, traj_start=paths.trajectory_size() if settings.traj_append_mode else 0)
-
-        def on_watch(watched):
-            publish(watched={str(pid): identity for pid, identity in watched.items()})
-
-        return ModelServer(settings, paths, logger, args.resume, earlier, on_watch)
-
-    published = {"log_file": paths.log_file, "settings": settings.to_resume()}
-    published["has_upstream_api_key"] = settings.upstream_api_key is not None
-    return serving(state, settings, published, open_server, paths.logging_file, is_loud=args.ready_fd is None)
 
 
 @contextlib.contextmanager
@@ -8237,30 +8036,6 @@ def open_logger(path: str, is_loud: bool) -> object:
     return logger
 
 
-def _start_in_background(settings, paths, args, flags, state):
-    words, secrets = passed_on(ServiceSettings, flags, paths.data_dir, args.config_file)
-    command = [*interpreter(), "-c", RUN_BYTECODE, os.path.abspath(__file__), "start", *words]
-    command += ["--resume"] if args.resume else []
-    seconds = TOOL_LOAD_SECONDS if settings.type == "tool-node" else START_SECONDS
-    running = start_in_background(state, command, secrets, paths.logging_file, own_bytecode, seconds)
-    if settings.type == "tool-node":
-        where = "http://%s" % host_and_port(running["host"], running["port"])
-    else:
-        where = base_url(running["host"], running["port"])
-    say("%s started: pid %d, %s, %s" % (state.title, running["pid"], where, running["about"]))
-    if settings.api_key is None and connect_host(running["host"]) != running["host"]:
-        use = "call the tool" if settings.type == "tool-node" else "use it; --host 127.0.0.1 is for this machine only"
-        complain("it listens on %s without a key: anyone on the network may %s" % (running["host"], use))
-    if running.get("session_ended"):
-        complain("the resumed session has ended already; start without --resume to begin a new one")
-    return 0
-
-
-def given_settings(cls: type, args: argparse.Namespace) -> dict:
-    """What the command line says of each setting; None where it says nothing."""
-    return {spec.name: getattr(args, spec.name, None) for spec in fields(cls)}
-
-
 def passed_on(cls: type, flags: dict, data_dir: str, config_file: str | None) -> tuple[list, dict]:
     """What `start` gives to the service in the background: arguments, and secrets as environment variables by name."""
     words, secrets = ["--foreground", "--data-dir", data_dir], {}
@@ -8378,17 +8153,6 @@ def _read_all(descriptor, seconds, tell):
             tell(line.decode("utf-8", "replace"))
 
 
-def command_stop(args: argparse.Namespace) -> int:
-    """End what `start` began."""
-    state = ServiceState(resolve_data_dir(args.data_dir, os.environ))
-    state.title = _title(state.read().get("type"))
-    return stop_service(state)
-
-
-def _title(kind):
-    return "tool node" if kind == "tool-node" else "model service"
-
-
 def stop_service(state: ServiceState, seconds: float = 2 * STOP_SECONDS) -> int:
     """End a service that runs in the background, and wait for its end; the exit code.  Raises RockError.
 
@@ -8426,6 +8190,289 @@ def _end(state, pid, seconds):
                 return
             time.sleep(0.01)
     raise RockError("the %s (pid %d) does not end" % (state.title, pid))
+
+
+# ======================================================================================================================
+# Reading trajectories: what `traj` shows of each call. One line of the file is in memory at a time.
+# ======================================================================================================================
+
+TRAJ_COLUMNS = ("line", "time", "model", "status", "seconds", "tok. in", "tok. out", "what")
+TRAJ_TABLE = "%5s  %-19s  %-24s  %6s  %9s  %8s  %8s  %s"  # for people
+TRAJ_TABS = "\t".join(["%s"] * len(TRAJ_COLUMNS))  # for scripts
+
+
+@dataclass(frozen=True)
+class CallSummary:
+    """One call of a trajectory in a few words.
+
+    line: its number in the file.  time: when it began, seconds since the epoch.  seconds: until it ended.  tokens: of
+    the prompt, and of the answer.  tool_calls: their names.  What the record does not have is None.
+    """
+
+    line: int
+    time: float | None
+    model: str | None
+    method: str
+    path: str
+    stream: bool
+    status: int
+    seconds: float | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    finish_reason: str | None
+    tool_calls: list
+    attempts: int | None
+    partial: bool
+    error: str | None
+
+    @classmethod
+    def of(cls, line: int, record: dict) -> CallSummary:
+        """Of a record.  Raises ValueError where it is none."""
+        if "request" not in record or "response" not in record:
+            raise ValueError("a call needs both request and response")
+        usage, choice = _usage_of(record["response"]), _first_choice(record["response"])
+        calls = choice["message"].get("tool_calls")
+        return cls(
+            line=line,
+            time=_number(record.get("start_time")),
+            model=_text_or_none(record.get("model")),
+            method=_text_or_none(record.get("method")) or "POST",
+            path=_text_or_none(record.get("path")) or "/v1/chat/completions",
+            stream=bool(record.get("stream")),
+            status=recorded_status(record),
+            seconds=_number(record.get("response_time")),
+            prompt_tokens=_number(usage.get("prompt_tokens", usage.get("input_tokens"))),
+            completion_tokens=_number(usage.get("completion_tokens", usage.get("output_tokens"))),
+            finish_reason=_text_or_none(choice.get("finish_reason")),
+            tool_calls=[_function_of(call)[0] for call in calls] if isinstance(calls, list) else [],
+            attempts=_number(record.get("attempts")),
+            partial=bool(record.get("partial")),
+            error=_text_or_none(record.get("error")),
+        )
+
+    def row(self) -> tuple:
+        """What the table says of it: a text for each of TRAJ_COLUMNS, without tabs and line ends."""
+        when = "-" if self.time is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.time))
+        seconds = "-" if self.seconds is None else "%.3f" % self.seconds
+        tokens = ["-" if count is None else "%d" % count for count in (self.prompt_tokens, self.completion_tokens)]
+        row = (str(self.line), when, self.model or "-", str(self.status), seconds, *tokens, self._what())
+        return tuple(printable(text).replace("\n", "\\n").replace("\t", "\\t") for text in row)
+
+    def _what(self):
+        words = [] if self.path.endswith("/chat/completions") else ["%s %s" % (self.method, self.path)]
+        words += ["stream"] if self.stream else []
+        words += ["cut off"] if self.partial else []
+        words += ["%d attempts" % self.attempts] if (self.attempts or 1) > 1 else []
+        words += ["calls " + ", ".join(self.tool_calls)] if self.tool_calls else []
+        words += [self.finish_reason] if self.finish_reason not in (None, "stop", "tool_calls") else []
+        return "; ".join(words + ([self.error] if self.error else []))
+
+
+def _number(value):
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15 else None
+
+
+def _text_or_none(value):
+    return value if isinstance(value, str) else None
+
+
+def _usage_of(response):
+    """The token counts of an answer of any of the usual APIs; of a stream's events, put together."""
+    if isinstance(response, list):
+        usage = {}
+        for event in response:
+            data = event.get("data") if isinstance(event, dict) else None
+            for part in (data, data.get("response"), data.get("message")) if isinstance(data, dict) else ():
+                usage.update(_usage_of(part))
+        return usage
+    usage = response.get("usage") if isinstance(response, dict) else None
+    return {key: value for key, value in usage.items() if value is not None} if isinstance(usage, dict) else {}
+
+
+def _first_choice(response):
+    """The first choice of a completion, whose message is an object; an empty one where there is none."""
+    choices = response.get("choices") if isinstance(response, dict) else None
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    message = choice.get("message")
+    return {**choice, "message": message if isinstance(message, dict) else {}}
+
+
+def _function_of(call):
+    """(name, arguments) of a tool call."""
+    function = call.get("function") if isinstance(call, dict) else None
+    function = function if isinstance(function, dict) else {}
+    arguments = function.get("arguments", "")
+    return str(function.get("name", "?")), arguments if isinstance(arguments, str) else dump_json(arguments)
+
+
+def conversation(record: dict, earlier: list) -> list:
+    """The lines that show what was said in a call.
+
+    earlier: the messages of the call before; where this one begins with them, they are not shown again.
+    """
+    request, response = record["request"], record["response"]
+    messages = messages_of(record)
+    lines = []
+    if messages:
+        known = len(earlier) if earlier and messages[: len(earlier)] == earlier else 0
+        lines += ["    ... as in the call before: %d" % known] if known else []
+        for message in messages[known:]:
+            lines += _message_lines(message)
+    elif request is not None:
+        lines += _said(
+            "request", request if isinstance(request, str) else json.dumps(request, ensure_ascii=False, indent=2)
+        )
+    choices = response.get("choices") if isinstance(response, dict) else None
+    answers = [_first_choice({"choices": [choice]}) for choice in choices] if isinstance(choices, list) else []
+    for choice in answers:
+        name = "answer" if len(answers) == 1 else "answer %s" % choice.get("index", "?")
+        lines += _message_lines({**choice["message"], "role": name}, choice.get("text"))
+    if not answers and response is not None:
+        text = response if isinstance(response, str) else json.dumps(response, ensure_ascii=False, indent=2)
+        lines += _said("answer", text)
+    return lines + (_said("error", str(record["error"])) if record.get("error") else [])
+
+
+def messages_of(record: dict) -> list:
+    """The messages of a call's request; none where it has none."""
+    messages = record["request"].get("messages") if isinstance(record["request"], dict) else None
+    return messages if isinstance(messages, list) else []
+
+
+def _message_lines(message, text=None):
+    if not isinstance(message, dict):
+        return _said("message", dump_json(message))
+    lines = []
+    for key in ("reasoning_content", "reasoning"):
+        lines += _said("reasoning", message[key]) if isinstance(message.get(key), str) and message[key] else []
+    content = _content_text(message.get("content") if text is None else text)
+    calls = message.get("tool_calls")
+    if content or not calls:
+        lines += _said(str(message.get("role", "message")), content)
+    for call in calls if isinstance(calls, list) else ():
+        lines += _said("calls", "%s(%s)" % _function_of(call))
+    return lines
+
+
+def _content_text(content):
+    if isinstance(content, str) or content is None:
+        return content or ""
+    parts = content if isinstance(content, list) else [content]
+    return "\n".join(_part_text(part) for part in parts)
+
+
+def _part_text(part):
+    if not isinstance(part, dict):
+        return str(part)
+    return part["text"] if isinstance(part.get("text"), str) else "[%s]" % part.get("type", "?")
+
+
+def _said(name, text):
+    first, *others = printable(text).split("\n")
+    name = printable(name).replace("\n", "\\n")
+    return ["    %-10s %s" % (name + ":", first)] + ["               " + line for line in others]
+
+
+# ======================================================================================================================
+# Command line: one function a command. Standard output is for what was asked for, standard error for everything else.
+# ======================================================================================================================
+
+
+def command_start(args: argparse.Namespace) -> int:
+    """Run the service, here or in the background."""
+    flags = given_settings(ServiceSettings, args)
+    data_dir = resolve_data_dir(args.data_dir, os.environ)
+    state = ServiceState(data_dir)
+    earlier = state.read() if args.resume else {}
+    proxied = earlier.get("settings")
+    known = {**earlier, **(proxied if isinstance(proxied, dict) else {})}
+    settings = resolve_settings(ServiceSettings, flags, os.environ, args.config_file, known)
+    settings.check(flags)
+    if args.resume:
+        _check_resumed(settings, earlier)
+    state.title = _title(state.read().get("type") if state.is_running() else settings.type)
+    if settings.port == 0 and args.port is None and type(earlier.get("port")) is int:
+        settings = replace(settings, port=earlier["port"])  # "any free port" means the one that agents know by now
+    unused = settings.unused()
+    if unused:
+        names, kinds = [spec.name for spec in unused], sorted({spec.metadata["only"] for spec in unused})
+        message = "this is the %s type; for --type %s only: %s"
+        complain(message % (settings.type, " or ".join(kinds), ", ".join(names)))
+    paths = DataPaths.of(data_dir, settings)
+    try:
+        paths.make_directories()
+    except OSError as error:
+        hint = "" if os.path.isdir(data_dir) else "; " + GIVE_DATA_DIR
+        raise StorageError("cannot make %s: %s%s" % (error.filename, error.strerror, hint)) from None
+    if args.foreground:
+        return run_service(state, args.ready_fd, _serving(settings, paths, args, state))
+    return _start_in_background(settings, paths, args, flags, state)
+
+
+def _check_resumed(settings, earlier):
+    """Refuse to go on without the keys that the last service had, or where there is nothing to go on with."""
+    if settings.type == "tool-node":
+        raise UsageError("--resume goes on with a session, which a tool node has not: start it anew")
+    if earlier.get("has_api_key") and settings.api_key is None:
+        raise UsageError("the last service asked for an API key: give it again, in ROCK_MODEL_SERVICE_API_KEY")
+    if earlier.get("has_upstream_api_key") and settings.upstream_api_key is None:
+        raise UsageError("the last service had an upstream's key: give it in ROCK_MODEL_SERVICE_UPSTREAM_API_KEY")
+
+
+def _serving(settings, paths, args, state):
+    """The service, for `run_service`."""
+
+    def open_server(earlier, logger, publish):
+        if settings.type == "tool-node":
+            return tool_server(settings, logger)
+        if args.resume:
+            publish(watched=earlier.get("watched", {}), traj_start=trajectory_start(earlier))
+        else:
+            publish(watched={}, traj_start=paths.trajectory_size() if settings.traj_append_mode else 0)
+
+        def on_watch(watched):
+            publish(watched={str(pid): identity for pid, identity in watched.items()})
+
+        return ModelServer(settings, paths, logger, args.resume, earlier, on_watch)
+
+    published = {"log_file": paths.log_file, "settings": settings.to_resume()}
+    published["has_upstream_api_key"] = settings.upstream_api_key is not None
+    return serving(state, settings, published, open_server, paths.logging_file, is_loud=args.ready_fd is None)
+
+
+def _start_in_background(settings, paths, args, flags, state):
+    words, secrets = passed_on(ServiceSettings, flags, paths.data_dir, args.config_file)
+    command = [*interpreter(), "-c", RUN_BYTECODE, os.path.abspath(__file__), "start", *words]
+    command += ["--resume"] if args.resume else []
+    seconds = TOOL_LOAD_SECONDS if settings.type == "tool-node" else START_SECONDS
+    running = start_in_background(state, command, secrets, paths.logging_file, own_bytecode, seconds)
+    if settings.type == "tool-node":
+        where = "http://%s" % host_and_port(running["host"], running["port"])
+    else:
+        where = base_url(running["host"], running["port"])
+    say("%s started: pid %d, %s, %s" % (state.title, running["pid"], where, running["about"]))
+    if settings.api_key is None and connect_host(running["host"]) != running["host"]:
+        use = "call the tool" if settings.type == "tool-node" else "use it; --host 127.0.0.1 is for this machine only"
+        complain("it listens on %s without a key: anyone on the network may %s" % (running["host"], use))
+    if running.get("session_ended"):
+        complain("the resumed session has ended already; start without --resume to begin a new one")
+    return 0
+
+
+def given_settings(cls: type, args: argparse.Namespace) -> dict:
+    """What the command line says of each setting; None where it says nothing."""
+    return {spec.name: getattr(args, spec.name, None) for spec in fields(cls)}
+
+
+def command_stop(args: argparse.Namespace) -> int:
+    """End what `start` began."""
+    state = ServiceState(resolve_data_dir(args.data_dir, os.environ))
+    state.title = _title(state.read().get("type"))
+    return stop_service(state)
+
+
+def _title(kind):
+    return "tool node" if kind == "tool-node" else "model service"
 
 
 def command_watch_agent(args: argparse.Namespace) -> int:
