@@ -899,19 +899,32 @@ def starting_service_is_killed(tmp_path):
     assert state.read() == {"type": "local", **session}
 
 
+class Trainer:
+    """A call of `anti-call-llm`; all that it says is in a file."""
+
+    def __init__(self, path, words):
+        self._path = str(path)
+        command = [sys.executable, SCRIPT, *words]
+        with open(path, "wb") as file:
+            streams = {"stdout": file, "stderr": file, "stdin": subprocess.DEVNULL}
+            self.process = subprocess.Popen(command, preexec_fn=be_ordinary, env=clean_environ(), **streams)
+
+    def said(self):
+        with open(self._path) as file:
+            return file.read()
+
+
 def trainers_are_ended_by_signals(tmp_path):
     """Nothing on standard output, nothing in the log, and the same call once more gets its request."""
     log = rock_ms.MarkerLog(str(tmp_path / "LLMService.log"))
     log.append("request", json.dumps(chat("one")), 1)
     words = ["anti-call-llm", "--index=1", "--response", json.dumps(completion()), "--data-dir", str(tmp_path)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": clean_environ()}
-    waiting = [subprocess.Popen([sys.executable, SCRIPT, *words], preexec_fn=be_ordinary, **pipes) for _ in SIGNALS]
+    waiting = [Trainer(tmp_path / signal.Signals(number).name, words) for number in SIGNALS]
     for trainer, number in zip(waiting, SIGNALS):
-        assert b"no model service runs" in trainer.stderr.readline()  # its answer is written
-        trainer.send_signal(number)
-        out, err = trainer.communicate(timeout=TIMEOUT)
-        assert trainer.returncode == (130 if number == signal.SIGINT else -number)
-        assert (out, err) == (b"", b"")
+        wait_until(lambda: "no model service runs" in trainer.said(), "its answer is written")  # noqa: B023
+        trainer.process.send_signal(number)
+        assert trainer.process.wait(TIMEOUT) == (130 if number == signal.SIGINT else -number)
+        assert trainer.said().count("\n") == 1
     log.append("request", json.dumps(chat("two")), 2)
     assert json.loads(run_cli(*words, check=0).out) == chat("two")
     assert [(record.kind, record.index) for record in log.tail().read()] == [
