@@ -920,11 +920,16 @@ def trainers_are_ended_by_signals(tmp_path):
     log.append("request", json.dumps(chat("one")), 1)
     words = ["anti-call-llm", "--index=1", "--response", json.dumps(completion()), "--data-dir", str(tmp_path)]
     waiting = [Trainer(tmp_path / signal.Signals(number).name, words) for number in SIGNALS]
-    for trainer, number in zip(waiting, SIGNALS):
-        wait_until(lambda: "no model service runs" in trainer.said(), "its answer is written")  # noqa: B023
-        trainer.process.send_signal(number)
-        assert trainer.process.wait(TIMEOUT) == (130 if number == signal.SIGINT else -number)
-        assert trainer.said().count("\n") == 1
+    try:
+        for trainer, number in zip(waiting, SIGNALS):
+            wait_until(lambda: "no model service runs" in trainer.said(), "its answer is written")  # noqa: B023
+            trainer.process.send_signal(number)
+            assert trainer.process.wait(TIMEOUT) == (130 if number == signal.SIGINT else -number)
+            assert trainer.said().count("\n") == 1
+    finally:
+        for trainer in waiting:
+            trainer.process.kill()
+            trainer.process.wait()
     log.append("request", json.dumps(chat("two")), 2)
     assert json.loads(run_cli(*words, check=0).out) == chat("two")
     assert [(record.kind, record.index) for record in log.tail().read()] == [
