@@ -7742,8 +7742,9 @@ def say(text: str) -> None:
 
 
 def complain(text: str, who: str = "rock-ms") -> None:
-    """Print a line on standard error.  who: the program that says it."""
+    """Print a line on standard error, at once.  who: the program that says it."""
     sys.stderr.write("%s: %s\n" % (who, text))
+    sys.stderr.flush()  # before Python 3.9 it is held back where that is no terminal
 
 
 def standard_input() -> object:
@@ -8028,8 +8029,12 @@ def open_logger(path: str, is_loud: bool) -> object:
         def format(self, record):  # or a line with a lone surrogate in it would be lost, and a traceback in its place
             return as_utf8(super().format(record)).decode("utf-8", "backslashreplace")
 
+    class Loud(logging.StreamHandler):
+        def handleError(self, record):  # as on a full disk: a traceback would be no better off
+            pass
+
     logger = Logger("rock-ms", logging.INFO)
-    handlers = [LogFile()] + ([logging.StreamHandler()] if is_loud else [])
+    handlers = [LogFile()] + ([Loud()] if is_loud else [])
     for handler in handlers:
         handler.setFormatter(Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)

@@ -430,6 +430,35 @@ def own_log_meets_a_full_disk(service):
     os.rename(service.own_log + ".1", service.own_log)
 
 
+class FullOnce:
+    """A stream that has no room for its first line."""
+
+    def __init__(self):
+        self.said = None
+
+    def write(self, text):
+        if self.said is None:
+            self.said = ""
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.said += text
+
+    def flush(self):
+        pass
+
+
+def standard_error_meets_a_full_disk(tmp_path, monkeypatch):
+    """As of a service in the foreground: the line is lost, and nothing is said of that in its place."""
+    stream = FullOnce()
+    monkeypatch.setattr(sys, "stderr", stream)
+    logger = rock_ms.open_logger(str(tmp_path / "log"), is_loud=True)
+    logger.info("one")
+    logger.info("two")
+    rock_ms.complain("three")
+    for handler in logger.handlers:
+        handler.close()
+    assert re.match(r"[0-9-]+ [0-9:,]+ INFO two\nrock-ms: three\n\Z", stream.said)
+
+
 def state_meets_a_full_disk(service):
     def watch(process):
         return ask(service.port, {"pid": process.pid}, path="/v1/agent/watch")
@@ -1059,6 +1088,7 @@ FAULTS = [
     fault("full disk: trainer's answer", "exit 1, and can be repeated", trainer_meets_a_full_disk, LocalProcess),
     fault("full disk: proxy's trajectory", "500, or a broken stream", proxy_answer_meets_a_full_disk, ProxyProcess),
     fault("full disk: own log", "answers go on, lost lines are counted", own_log_meets_a_full_disk, LocalProcess),
+    fault("full disk: standard error", "a lost line is one line", standard_error_meets_a_full_disk),
     fault("full disk: state", "500, nothing watched; one SESSION_END", state_meets_a_full_disk, ProxyProcess),
     fault("no disk at the start", "exit 1 with the reason; later starts work", starts_without_a_disk),
     fault("read-only mount", "reading works, writing says why", commands_on_a_read_only_mount),
