@@ -2902,31 +2902,39 @@ class LogTail:
 
     def expect(self, size: int) -> None:
         """The file is so long, read or not: where it is found shorter, it was cut short.  For any thread."""
-        self._expected = size
+        self._expected = max(self._expected, size)
 
     def read(self):
         """Yield new Records, oldest first.  A log that does not exist (yet) has none.  Raises OSError."""
+        expected = self._expected  # before the size is looked at: at any time it grows, and more is counted on
         try:
             info = os.stat(self._path)
-            self._notice(info)
+            self._notice(info, expected)
             if info.st_size == self._offset:
                 return
             file = open(self._path, "rb", buffering=0)  # noqa: SIM115
         except FileNotFoundError:
-            if self._inode is not None:
+            if self._inode is not None or expected:
                 self._begin_anew()
             self._inode = None
             return
         with file:
             if os.fstat(file.fileno()).st_ino != self._inode:
                 return  # it was replaced just now
+            if not self._goes_on(file):
+                self._begin_anew()
             file.seek(self._offset)
             for block in iter(lambda: file.read(READ_BLOCK_BYTES), b""):
                 yield from self._records(block)
 
-    def _notice(self, info):
+    def _goes_on(self, file):
+        """Whether the lines that were read end where they did: a file may get the inode number of one just removed."""
         line_start = self._offset - len(self._partial)
-        if self._inode not in (None, info.st_ino) or info.st_size < max(line_start, self._expected):
+        return not line_start or os.pread(file.fileno(), 1, line_start - 1) == b"\n"
+
+    def _notice(self, info, expected):
+        line_start = self._offset - len(self._partial)
+        if self._inode not in (None, info.st_ino) or info.st_size < max(line_start, expected):
             self._begin_anew()
         elif info.st_size < self._offset:
             self._restart(line_start)

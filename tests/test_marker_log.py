@@ -256,6 +256,48 @@ def test_cut_of_what_was_not_read_yet_is_noticed_where_it_is_counted_on(log, lef
     assert list(tail.read()) == [] and replaced == [True]
 
 
+def test_log_that_was_emptied_and_has_grown_again_meanwhile_is_read_from_its_start(log):
+    """As one that was removed: the next file often has its inode number."""
+    log.append("request", "{}", 1)
+    tail = log.tail()
+    assert [record.index for record in tail.read()] == [1]
+    os.truncate(log.path, 0)
+    log.append("request", '{"longer":"than the first"}', 2)
+    assert [record.index for record in tail.read()] == [2] and tail.was_replaced
+
+
+def test_line_that_is_appended_while_the_file_is_looked_at_makes_it_no_shorter(log, monkeypatch):
+    log.append("request", "{}", 1)
+    tail, stat = log.tail(), os.stat
+    assert [record.index for record in tail.read()] == [1]
+
+    def slow_stat(path):
+        monkeypatch.undo()
+        info = stat(path)
+        tail.expect(log.append("request", "{}", 2))
+        return info
+
+    monkeypatch.setattr(os, "stat", slow_stat)
+    assert list(tail.read()) == []
+    assert [record.index for record in tail.read()] == [2] and not tail.was_replaced
+
+
+@pytest.mark.parametrize("is_made_anew", [False, True])
+def test_line_that_is_counted_on_and_gone_with_its_file_is_missed(log, is_made_anew):
+    tail, replaced = log.tail(on_replaced=lambda: replaced.append(True)), []
+    log.append("request", "{}", 1)
+    assert [record.index for record in tail.read()] == [1]
+    os.unlink(log.path)
+    assert list(tail.read()) == [] and replaced == [True]
+    tail.expect(log.append("request", '{"is":"longer"}', 2))
+    os.truncate(log.path, 0)
+    if is_made_anew:
+        tail.expect(log.append("request", "{}", 3))
+    else:
+        os.unlink(log.path)
+    assert [record.index for record in tail.read()] == [3] * is_made_anew and replaced == [True, True]
+
+
 def test_record_at_an_offset_is_read_back(log):
     offset = log.append("request", "{}", 1)
     log.append("response", '{"r":1}', 1)
