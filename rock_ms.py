@@ -2679,12 +2679,6 @@ class DataPaths:
         for path in (self.log_file, self.traj_file, self.logging_file):
             os.makedirs(os.path.dirname(path), exist_ok=True)
 
-    def trajectory_size(self) -> int:
-        """In bytes; 0 where there is none."""
-        with contextlib.suppress(OSError):
-            return os.path.getsize(self.traj_file)
-        return 0
-
     @contextlib.contextmanager
     def earlier_set_aside(self, keeps_trajectory: bool, logger):
         """Give the files of an earlier session a dated name, unless the block fails.  Raises StorageError."""
@@ -3324,6 +3318,14 @@ class Trajectory(AppendFile):
                 self._logger.error(message, self.path)
             self._known = file.inode, file.append(line)
             return file.size
+
+    def size(self) -> int:
+        """Where the next call will stand, in bytes.  Raises StorageError."""
+        self.close_torn_line()
+        try:
+            return os.path.getsize(self.path)
+        except OSError:
+            return 0
 
     def _mend(self, file):
         line = file.torn_line()
@@ -8441,7 +8443,8 @@ def _serving(settings, paths, args, state):
         if args.resume:
             publish(watched=earlier.get("watched", {}), traj_start=trajectory_start(earlier))
         else:
-            publish(watched={}, traj_start=paths.trajectory_size() if settings.traj_append_mode else 0)
+            trajectory = Trajectory(paths.traj_file, logger)
+            publish(watched={}, traj_start=trajectory.size() if settings.traj_append_mode else 0)
 
         def on_watch(watched):
             publish(watched={str(pid): identity for pid, identity in watched.items()})

@@ -163,6 +163,14 @@ def test_service_killed_in_mid_turn_and_resumed_neither_loses_nor_doubles_a_turn
     assert statuses == [200, 200]
 
 
+def test_session_begins_where_its_first_call_will_stand_behind_what_a_kill_left(cli):
+    os.makedirs(cli.data_dir, exist_ok=True)
+    with open(os.path.join(cli.data_dir, "LLMTraj.jsonl"), "w") as file:
+        file.write('{"error":null}\n{"request":"half-writ')
+    began = start(cli, env=clean_environ(ROCK_MODEL_SERVICE_TRAJ_APPEND_MODE="true"))
+    assert began["traj_start"] == len('{"error":null}\n') == len(logged(cli, "LLMTraj.jsonl"))
+
+
 def test_watched_agent_is_watched_again_after_a_kill_and_after_a_stop(cli):
     start(cli)
     with agent_process() as agent:
