@@ -5723,8 +5723,8 @@ class ToolServiceProxy:
         except (TypeError, ValueError, RecursionError) as error:
             raise ToolError("what the tool is given cannot be sent as JSON: %s" % error) from None
         headers = (("Content-Type", "application/json"), *self._keys(user_token or self.user_token).items())
+        url = self._url()
         try:
-            url = rock_ms.as_url(self.tool_service_manager_url)
             status, data = self._fetch(HTTPCall("POST", url + path, headers, body))
             if not 200 <= status < 300:
                 raise ToolError(_error_said(status, data), status)
@@ -5733,6 +5733,15 @@ class ToolServiceProxy:
         except (OSError, ValueError, LookupError, TypeError, UsageError, rock_ms.UpstreamError) as error:
             message = "no tool manager answers at %s: %s; start one, or set TOOL_MANAGER_SERVICE_URL"
             raise ToolError(message % (self.tool_service_manager_url, error)) from None
+
+    def _url(self):
+        """The manager's URL, checked; one with a key in it is not shown."""
+        try:
+            return rock_ms.as_url(self.tool_service_manager_url)
+        except UsageError:
+            raise ToolError("the tool manager's URL must not hold a key: give it in TOOL_MANAGER_AUTH") from None
+        except ValueError as error:
+            raise ToolError("the tool manager's URL %s; set TOOL_MANAGER_SERVICE_URL" % error) from None
 
     def _fetch(self, call):
         """(status, body) of an answer: on this machine asked directly, elsewhere as HTTP_PROXY and NO_PROXY say."""

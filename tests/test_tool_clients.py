@@ -109,15 +109,31 @@ def test_unknown_tool_is_an_error_that_says_which_there_are():
     assert caught.value.status == 404
 
 
-def test_missing_manager_is_named(monkeypatch):
+def test_missing_manager_is_named():
     url = "http://127.0.0.1:%d" % free_port()
     said = "^no tool manager answers at %s: .*refused; start one, or set TOOL_MANAGER_SERVICE_URL$" % url
     with pytest.raises(ToolError, match=said) as caught:
         ToolServiceProxy("add", tool_service_manager_url=url)
     assert caught.value.status is None
-    monkeypatch.setenv("TOOL_MANAGER_SERVICE_URL", "no url")
-    with pytest.raises(ToolError, match="no tool manager answers at no url"):
+
+
+@pytest.mark.parametrize(
+    "url, message",
+    [
+        ("no url", "URL must be a base URL, as https://host/v1; set TOOL_MANAGER_SERVICE_URL"),
+        ("user:key-of-all@127.0.0.1", "URL must be a base URL, as https://host/v1; set TOOL_MANAGER_SERVICE_URL"),
+        (
+            "http://127.0.0.1/?key=key-of-all",
+            "URL must be a base URL, as https://host/v1; set TOOL_MANAGER_SERVICE_URL",
+        ),
+        ("http://user:key-of-all@127.0.0.1", "URL must not hold a key: give it in TOOL_MANAGER_AUTH"),
+    ],
+)
+def test_managers_url_that_is_none_or_has_a_key_in_it_is_not_shown(monkeypatch, url, message):
+    monkeypatch.setenv("TOOL_MANAGER_SERVICE_URL", url)
+    with pytest.raises(ToolError) as caught:
         ToolServiceProxy("add")
+    assert str(caught.value) == "the tool manager's " + message
 
 
 @pytest.mark.parametrize("key", ["key-of-all", "Bearer key-of-all", " key-of-all\n"])
