@@ -2716,26 +2716,31 @@ def bound_log(path: str) -> None:
     """Where a log has become larger than MAX_LOG_BYTES, move the end of it, as much as that, to `path`.1.
 
     It is emptied, not renamed: others append to it, too, as their standard error.  Where there is no room for a copy
-    there is none, as what is to be stored is worth more.
+    there is none, as what is to be stored is worth more.  What is behind /dev/stdout is for its owner to bound.
     """
-    try:
-        size = os.path.getsize(path)
-    except OSError:
+    if path.startswith("/dev/"):
         return
+    with contextlib.suppress(OSError):
+        if os.path.getsize(path) > MAX_LOG_BYTES:
+            with open(path, "rb+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # or who else does it now would copy what is gone
+                _move_end(file, path + ".1")
+
+
+def _move_end(file, earlier):
+    size = os.fstat(file.fileno()).st_size
     if size <= MAX_LOG_BYTES:
         return
     from shutil import copyfileobj
 
-    earlier = path + ".1"
     try:
-        with open(path, "rb") as file, open(earlier, "wb") as kept:
+        with open(earlier, "wb") as kept:
             file.seek(size - MAX_LOG_BYTES)
             copyfileobj(file, kept, READ_BLOCK_BYTES)
     except OSError:
         with contextlib.suppress(OSError):
             os.unlink(earlier)
-    with contextlib.suppress(OSError):
-        os.truncate(path, 0)
+    os.truncate(file.fileno(), 0)
 
 
 class LockedFile:

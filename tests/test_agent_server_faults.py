@@ -16,6 +16,7 @@ lost, and the service either works or has said why it does not; once the fault i
 import asyncio
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import http.client
 import itertools
@@ -40,7 +41,7 @@ import rock_sdk
 import sandboxes
 from assistants import assisting, form, says, streams
 from managers import FakeNode, FakeRuntime, Manager, free_port, managing, write_tools
-from support import TIMEOUT, Later, Service, ask, chat, clean_environ, completion, run_cli, running, wait_until
+from support import SCRIPT, TIMEOUT, Later, Service, ask, chat, clean_environ, completion, run_cli, running, wait_until
 from test_model_service import sandbox_of
 from test_tool_manager import bad_node
 from test_tool_node import Node, wait_for_end
@@ -550,6 +551,33 @@ def test_log_is_bounded_whoever_writes_to_it(tmp_path, monkeypatch):
     numbers = [int(line[-3:]) for line in said.splitlines()[1:]]
     assert numbers == sorted(numbers) and numbers[-2:] == [99, 99] and len(numbers) > 25
     assert sorted(os.listdir(str(tmp_path))) == ["assistant.log", "assistant.log.1"]
+
+
+def test_log_that_somebody_else_is_bounding_is_left_to_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(rock_ms, "MAX_LOG_BYTES", 1000)
+    path = str(tmp_path / "assistant.log")
+    grown(path)
+    with open(path, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        rock_ms.bound_log(path)
+    assert os.listdir(str(tmp_path)) == ["assistant.log"] and os.path.getsize(path) > 1000
+    rock_ms.bound_log(path)
+    assert os.path.getsize(path + ".1") == 1000 and os.path.getsize(path) == 0
+
+
+def test_file_that_standard_error_goes_to_is_not_ours_to_empty(tmp_path):
+    """It may hold another program's output, and a directory of devices is no place for the rest of it."""
+    path = str(tmp_path / "all")
+    code = "import rock_ms; rock_ms.MAX_LOG_BYTES = 10; log = rock_ms.open_logger('/dev/stderr', False); log.info('a')"
+    with open(path, "ab") as file:
+        file.write(b"another program's line, which is longer\n")
+        file.flush()
+        subprocess.run(
+            [sys.executable, "-c", code + "; log.info('b')"], stderr=file, cwd=os.path.dirname(SCRIPT), check=True
+        )
+    with open(path) as file:
+        assert [line.split()[-1] for line in file] == ["longer", "a", "b"]
+    assert not os.path.exists("/dev/stderr.1")
 
 
 def test_log_of_a_node_that_talks_is_bounded(tmp_path, monkeypatch):
