@@ -4566,6 +4566,7 @@ class LocalSession:
         self._last_index = index
         self._turns[index] = turn
         self._open.setdefault(digest, []).append(turn)
+        self._left[index] = None  # until a call waits for it
         self._last_activity = time.monotonic()
         return turn
 
@@ -4579,6 +4580,7 @@ class LocalSession:
 
     def _finish(self, turn, status):
         turn.delivered_status = status
+        self._left.pop(turn.index, None)
         self._remove_open(turn)
         if turn.index not in self._turns:
             return  # forgotten, while it was delivered once more
@@ -4655,6 +4657,7 @@ class LocalSession:
             self._add_turn(record.index, _digest(record.text.encode("utf-8")))
             for turn, status in self._resumed.delivered_before_a_request():
                 self._finish(turn, status)
+            self._forget_oldest(self._left, MAX_LEFT_TURNS)
 
     def _on_response(self, record):
         turn = self._turns.get(record.index)

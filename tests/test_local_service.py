@@ -3,6 +3,7 @@
 import gc
 import http.client
 import json
+import logging
 import os
 import random
 import socket
@@ -385,6 +386,20 @@ def test_turns_that_were_hung_up_on_are_forgotten_when_there_are_too_many(tmp_pa
     session.close_call(back, None)
     turns = [session.open_call('{"n":%d}' % number, is_retry=True).turn.index for number in range(1, 6)]
     assert turns == [1, 6, 7, 4, 5], "2, and then 3, were left the longest ago; 5 is waited for all the time"
+
+
+def test_turns_that_nobody_came_back_for_are_forgotten_by_a_resumed_session_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(rock_ms, "MAX_LEFT_TURNS", 2)
+    log = rock_ms.MarkerLog(str(tmp_path / "log"))
+    for number in range(1, 5):
+        log.append("request", '{"n":%d}' % number, number)
+        if number == 3:
+            log.append("response", "{}", number)
+    session = rock_ms.LocalSession(log, 0.1, logging.Logger("test"), {3: 200})
+    session.start()
+    turns = [session.open_call('{"n":%d}' % number, is_retry=True).turn.index for number in (4, 3, 2, 1)]
+    session.stop()
+    assert turns == [4, 3, 2, 5], "3 was delivered: it is none of the two that are left"
 
 
 def test_turns_that_were_delivered_are_forgotten_in_the_end(tmp_path, monkeypatch):
