@@ -7796,11 +7796,21 @@ def _tell_waiting(text, over):
     began, line = time.monotonic(), ""
     with contextlib.suppress(OSError):
         while not over.wait(PROGRESS_SECONDS):
-            line = "%s, %d s" % (text, time.monotonic() - began)
-            sys.stderr.write(line + "\r")  # what else is said begins where it began
+            if not _is_in_background():
+                line = "%s, %d s" % (text, time.monotonic() - began)
+                sys.stderr.write(line + "\r")  # what else is said begins where it began
+                sys.stderr.flush()
+        if line and not _is_in_background():
+            sys.stderr.write(" " * len(line) + "\r")
             sys.stderr.flush()
-        sys.stderr.write(" " * len(line) + "\r")
-        sys.stderr.flush()
+
+
+def _is_in_background():
+    """Whether another program has our terminal, as after `&`: a line of ours would stand in its text, or stop us."""
+    try:
+        return os.tcgetpgrp(sys.stderr.fileno()) != os.getpgrp()
+    except OSError:  # it is not the terminal that controls us
+        return False
 
 
 _UNPRINTABLE = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
@@ -8605,13 +8615,18 @@ def command_traj(args: argparse.Namespace) -> int:
     return 0 if is_whole else EXIT_FAILED
 
 
+def _lines_of(file, path):
+    with Storing("read", path):
+        yield from file
+
+
 def _show_calls(file, args):
     """Print each call; whether all lines could be read."""
     write, earlier, count, bad = sys.stdout.buffer.write, [], 0, 0
     layout = TRAJ_TABLE if args.full or sys.stdout.isatty() else TRAJ_TABS
     if not args.json:
         write((layout % TRAJ_COLUMNS).encode() + b"\n")
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(_lines_of(file, args.file), 1):
         if not line.strip():
             continue
         try:

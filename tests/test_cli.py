@@ -591,6 +591,27 @@ def test_terminal_of_a_program_is_told_nothing(cli):
         assert terminal.read() == b"rock-ms: request 1 has not come within 1.2 s; repeat the call to wait on\r\n"
 
 
+def test_wait_in_the_background_of_a_terminal_is_told_nothing(cli):
+    """Where the terminal is one that stops whoever writes to it from there (`stty tostop`), it would not go on."""
+    start(cli)
+    screen, follower = os.openpty()
+    command = [sys.executable, SCRIPT, "anti-call-llm", "--index=0", "--timeout=1.2", "--data-dir", cli.data_dir]
+    shell = "import os, subprocess; os.close(os.open(os.ttyname(2), os.O_RDWR)); "  # which makes it the shell's own
+    shell += "print(subprocess.Popen(%r, preexec_fn=os.setpgrp).wait())" % command
+    with open(screen, "rb", 0) as shown, open(follower, "wb", 0) as terminal:
+        process = subprocess.run(
+            [sys.executable, "-c", shell],
+            stdout=subprocess.PIPE,
+            stderr=terminal,
+            start_new_session=True,
+            env=clean_environ(TERM="vt100"),
+            timeout=TIMEOUT,
+        )
+        assert process.stdout == b"75\n"
+        said = shown.read(4096)
+    assert said == b"rock-ms: request 1 has not come within 1.2 s; repeat the call to wait on\r\n"
+
+
 def test_wait_for_start_and_stop_is_told_on_a_terminal(cli, tmp_path):
     tool = tmp_path / "slow.py"
     code = "import os, time\nwhile not os.path.exists(%r):\n    time.sleep(0.01)\ndef slow(): pass\n"

@@ -393,6 +393,12 @@ def test_what_cannot_be_read_is_told(tmp_path, name, words):
     assert (got.out, got.err) == ("", "rock-ms: cannot read %s: %s\n" % (path, words))
 
 
+def test_file_that_cannot_be_read_on_is_named():
+    """As one on a disk that fails; this one has nothing where its reading begins."""
+    got = traj("/proc/self/mem", check=1)
+    assert got.err == "rock-ms: cannot read /proc/self/mem: Input/output error\n"
+
+
 def test_output_that_cannot_be_written_is_no_fault_of_the_file(tmp_path):
     command = [sys.executable, SCRIPT, "traj", str(written(tmp_path, record()))]
     with open("/dev/full", "wb") as full:
