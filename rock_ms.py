@@ -4421,7 +4421,7 @@ class LocalSession:
         self._open = {}  # digest of the request's text -> [Turn], of those not delivered yet, oldest first
         self._finished = {}  # index -> None, of delivered turns, oldest first
         self._delivered = {}  # digest -> the last of these that was delivered as a success
-        self._left = {}  # index -> None, of turns that nobody waits for any more, and which were not delivered
+        self._left = {}  # index -> None, of turns that nobody waits for, and which were not delivered, oldest first
         self._last_index = 0
         self._answered = 0
         self._waiting = 0
@@ -4431,7 +4431,7 @@ class LocalSession:
         self._is_stopping = False
         self._tail = log.tail(on_replaced=self._on_replaced)
         self._missing = {}  # index -> whether its request has been found again, while a replaced log is read anew
-        self._was_replaced = False
+        self._was_replaced = False  # and is being read anew
         self._complaint = Complaint()
         self._resumed = _ResumedTurns(recorded or {}, was_killed)
         self._wake = threading.Event()
@@ -4662,7 +4662,8 @@ class LocalSession:
     def _on_response(self, record):
         turn = self._turns.get(record.index)
         if turn is None or turn.answer_offset is not None:
-            self._logger.warning("ignored an answer to request %d, which waits for none", record.index)
+            if not self._was_replaced:  # else it is one that was read before, of a turn forgotten since
+                self._logger.warning("ignored an answer to request %d, which waits for none", record.index)
             return
         self._answered += 1
         self._last_activity = time.monotonic()

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -386,6 +387,19 @@ def test_turns_that_were_hung_up_on_are_forgotten_when_there_are_too_many(tmp_pa
     session.close_call(back, None)
     turns = [session.open_call('{"n":%d}' % number, is_retry=True).turn.index for number in range(1, 6)]
     assert turns == [1, 6, 7, 4, 5], "2, and then 3, were left the longest ago; 5 is waited for all the time"
+
+
+def test_log_that_is_replaced_by_its_copy_is_said_once_whatever_was_forgotten(service, monkeypatch):
+    monkeypatch.setattr(rock_ms, "MAX_FINISHED_TURNS", 1)
+    for number in range(1, 4):
+        call = service.ask_later(chat())
+        service.wait_for_turns(number)
+        service.answer(number)
+        call.result()
+    shutil.copy(service.paths.log_file, service.paths.log_file + ".copy")
+    os.rename(service.paths.log_file + ".copy", service.paths.log_file)
+    wait_until(lambda: [line for line in service.logged if "0 turns are not in it any more, 0 without" in line])
+    assert not [line for line in service.logged if "ignored" in line]
 
 
 def test_turns_that_nobody_came_back_for_are_forgotten_by_a_resumed_session_too(tmp_path, monkeypatch):
