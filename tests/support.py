@@ -5,6 +5,7 @@ import http.client
 import json
 import logging
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -53,6 +54,17 @@ def wait_until(condition, what="the condition"):
 
 def open_descriptors():
     return len(os.listdir("/proc/self/fd"))
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """A full disk, as far as one process can have one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @contextlib.contextmanager

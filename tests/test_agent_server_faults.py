@@ -41,7 +41,20 @@ import rock_sdk
 import sandboxes
 from assistants import assisting, form, says, streams
 from managers import FakeNode, FakeRuntime, Manager, free_port, managing, write_tools
-from support import SCRIPT, TIMEOUT, Later, Service, ask, chat, clean_environ, completion, run_cli, running, wait_until
+from support import (
+    SCRIPT,
+    TIMEOUT,
+    Later,
+    Service,
+    ask,
+    chat,
+    clean_environ,
+    completion,
+    files_of_at_most,
+    run_cli,
+    running,
+    wait_until,
+)
 from test_model_service import sandbox_of
 from test_tool_manager import bad_node
 from test_tool_node import Node, wait_for_end
@@ -79,17 +92,6 @@ def assistant(tmp_path, upstream):
 @pytest.fixture
 def runtime():
     return FakeRuntime()
-
-
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """A full disk, as far as one process can have one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # The model server behind the assistant --------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -1392,8 +1393,11 @@ def test_cancelling_a_turn_kills_its_command_at_once_in_a_local_sandbox(tmp_path
             task = asyncio.ensure_future(place.next())
             await until_asked(sandbox, task)
             task.cancel()
-            await asyncio.wait([task], timeout=rock_sdk.SLICE_SECONDS / 2)  # well before it would end by itself
+            deadline = time.monotonic() + rock_sdk.SLICE_SECONDS / 2  # well before it would end by itself
+            await asyncio.wait([task], timeout=rock_sdk.SLICE_SECONDS / 2)
             assert task.cancelled()
+            while others_in(sandbox) and time.monotonic() < deadline:  # what is killed takes its moment
+                await asyncio.sleep(0.01)
             assert others_in(sandbox) == {}
 
     run(scenario())

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import resource
 import signal
 import sqlite3
 import stat
@@ -15,7 +14,7 @@ import pytest
 
 import rock_ms
 import rock_sdk
-from support import SCRIPT, clean_environ
+from support import SCRIPT, clean_environ, files_of_at_most
 
 NODE = rock_sdk.Node("default", "add", "0" * 32, "process", port=1, api_key="key", image="i", wish="w")
 
@@ -134,16 +133,6 @@ def test_file_that_cannot_be_used_is_named(path, make, said):
 def test_missing_directory_is_named(tmp_path):
     with pytest.raises(rock_ms.StorageError, match="No such file"):
         rock_sdk.ToolRegistry(str(tmp_path / "none" / "tools.sqlite3"))
-
-
-@contextlib.contextmanager
-def files_of_at_most(size):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_full_disk_is_an_error_and_leaves_what_was_there(path):
