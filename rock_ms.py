@@ -3527,6 +3527,17 @@ class ServiceState:
             os.close(descriptor)
         return False
 
+    def stays_running(self) -> bool:
+        """As `is_running`, with patience for one that has just been killed: its threads end one by one."""
+        deadline = time.monotonic() + PROBE_SECONDS
+        while self.is_running():
+            state = self.read()
+            pid = state.get("pid")
+            if (type(pid) is int and is_same_process(pid, state.get("identity"))) or time.monotonic() > deadline:
+                return True
+            time.sleep(0.005)
+        return False
+
     def liveness(self) -> bool | None:
         """True where a service runs, False where one was killed, None where neither."""
         if self.is_running():
@@ -8097,7 +8108,7 @@ def start_in_background(
     tell: called with each line by which it says, with `tell_progress`, what it waits for.
     Raises RockError with the reason where it does not start.
     """
-    if state.is_running():
+    if state.stays_running():
         raise RockError(state.running_message())
     process, ready = _spawn_service(state.title, command, secrets, logging_file)
     try:
@@ -8192,7 +8203,7 @@ def stop_service(state: ServiceState, seconds: float = 2 * STOP_SECONDS) -> int:
 
     seconds: how long it has before it is killed.
     """
-    if not state.is_running():
+    if not state.stays_running():
         say("no %s runs in the data directory %s" % (state.title, state.data_dir))
         return 0
     pid = state.verified_pid(PROBE_SECONDS)

@@ -315,6 +315,25 @@ def test_state_of_a_killed_service_is_no_hindrance(cli):
     assert ask(running["port"], method="GET", path="/health").status == 200
 
 
+def test_service_that_has_just_been_killed_does_not_count_as_running(tmp_path, monkeypatch):
+    """The lock of one with threads is free a moment after its process is gone."""
+    state = rock_ms.ServiceState(str(tmp_path))
+    state.write({"pid": 4242, "identity": "dead"})
+    for is_dead, stays in ((True, False), (False, True)):
+        dying = rock_ms.ServiceState(str(tmp_path))
+        dying.acquire()
+
+        def look(pid, identity):
+            assert (pid, identity) == (4242, "dead")
+            if is_dead:  # noqa: B023
+                dying.release()  # noqa: B023
+            return not is_dead  # noqa: B023
+
+        monkeypatch.setattr(rock_ms, "is_same_process", look)
+        assert state.stays_running() is stays
+        dying.release()
+
+
 @pytest.mark.everywhere
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_foreground_service_ends_cleanly_by_a_signal(cli, number):
