@@ -29,10 +29,22 @@ def clean_environ(**extra):
     return {**kept, **extra}
 
 
+# As the installed command does: from the bytecode that Python keeps.
+IMPORTED = "import sys; sys.argv[0] = %r; sys.path.insert(0, %r); import %s as module; sys.exit(module.main())"
+
+
+def command_of(script, python):
+    """What begins a command line: one of our two modules, imported, or any other script."""
+    directory, name = os.path.split(script)
+    if python == sys.executable and directory == os.path.dirname(SCRIPT):
+        return [python, "-c", IMPORTED % (script, directory, name[: -len(".py")])]
+    return [python, script]
+
+
 def run_cli(*words, check=None, python=sys.executable, script=SCRIPT, **options):
     """Run one command to its end.  check: the exit code it must have."""
     options.setdefault("env", clean_environ())
-    command = [python, script, *(str(word) for word in words)]
+    command = [*command_of(script, python), *(str(word) for word in words)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=TIMEOUT, **options)
     done.out, done.err = done.stdout.decode("utf-8"), done.stderr.decode("utf-8")
     if check is not None:
