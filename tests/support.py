@@ -30,7 +30,7 @@ def clean_environ(**extra):
 
 
 # As the installed command does: from the bytecode that Python keeps.
-IMPORTED = "import sys; sys.argv[0] = %r; sys.path.insert(0, %r); import %s as module; sys.exit(module.main())"
+IMPORTED = "import sys; sys.argv[0] = %r; sys.path[0] = %r; import %s as module; sys.exit(module.main())"
 
 
 def command_of(script, python):
