@@ -1143,8 +1143,8 @@ def test_a_local_sandbox_that_is_lost_in_mid_turn_ends_the_run_with_a_reason():
             directory = sandbox.directory
 
             def policy(request):
+                kill_all_of(directory)  # first: a service that is left would begin its log anew meanwhile
                 shutil.rmtree(directory)
-                kill_all_of(directory)
                 return hello(request)
 
             return await agent.run(ASK_ONE, policy)
