@@ -138,7 +138,7 @@ WORKER_GRACE_SECONDS = 1.0  # after which one whose time is over ends by itself,
 # JSON text: payloads stay the text their author wrote, so that no number, key order or escape is changed on the way.
 # ======================================================================================================================
 
-_STRING_OR_SPACE = re.compile(r'("[^"\\]*(?:\\.[^"\\]*)*")|[ \t\r\n]+')
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
 
 
 def _refuse_constant(name):
@@ -2839,11 +2839,15 @@ class AppendFile:
         """Do what has to be done where the last line is half-written."""
         file.append(b"\n")
 
+    def prepare(self) -> None:
+        """Make the file, or end its half-written last line, before it is read.  Raises StorageError."""
+        with self.locked():
+            pass
+
     def close_torn_line(self) -> None:
-        """End a half-written last line, so that a reader sees what the next writer would.  Raises StorageError."""
+        """As `prepare`, but a file that does not exist is not made."""
         if os.path.exists(self.path):
-            with self.locked():
-                pass
+            self.prepare()
 
     def append(self, line: bytes) -> int:
         """Add one line, newline included; return the file's size then.  Raises StorageError."""
@@ -3059,9 +3063,8 @@ class MarkerLog:
         self._file.append(SESSION_END_LINE)
 
     def prepare(self) -> None:
-        """Make the file, or end its half-written last line, before it is read.  Raises StorageError."""
-        with self._file.locked():
-            pass
+        """As of an AppendFile.  Raises StorageError."""
+        self._file.prepare()
 
     def append_response(self, index: int, text: str) -> Place:
         """Answer request `index`, unless it has that very answer or the session is over; return the place after.
@@ -3085,13 +3088,12 @@ class MarkerLog:
 
     def find(self, index: int) -> Place:
         """The place of turn `index`; all empty where there is no log.  Raises StorageError."""
-        try:
-            with open(self.path, "rb") as file:
-                return find_place(file.fileno(), os.fstat(file.fileno()).st_size, index)
-        except FileNotFoundError:
-            return Place()
-        except OSError as error:
-            raise StorageError("cannot read %s: %s" % (self.path, error.strerror)) from error
+        with Storing("read", self.path):
+            try:
+                with open(self.path, "rb") as file:
+                    return find_place(file.fileno(), os.fstat(file.fileno()).st_size, index)
+            except FileNotFoundError:
+                return Place()
 
     def record_at(self, offset: int) -> Record | None:
         """The record whose line starts at `offset`; None where there is none (any more)."""
@@ -3213,15 +3215,15 @@ class Secrets:
         """A JSON text without them, however its strings write their characters."""
         if not text or not self._keys or not self._may_hold_some(text):
             return text
-        return _STRING_OR_SPACE.sub(self._hide_in_token, text)
+        return _STRING.sub(self._hide_in_string, text)
 
     def _may_hold_some(self, text):
         is_plain = not self._is_cut and "\\/" not in text and "\\u00" not in text
         return not is_plain or any(dump_json(key)[1:-1] in text for key in self._keys)
 
-    def _hide_in_token(self, match):
+    def _hide_in_string(self, match):
         token = match.group()
-        if not match.group(1) or len(token) < MIN_SECRET_LENGTH:
+        if len(token) < MIN_SECRET_LENGTH:
             return token
         string = parse_json(token)
         hidden = self.hide(string)
@@ -3495,10 +3497,8 @@ class ServiceState:
 
     def write(self, state: dict) -> None:
         """Publish the state.  Only the holder does.  Raises StorageError."""
-        try:
+        with Storing("write", self._state_path):
             write_whole(self._state_path, dump_json(state).encode("utf-8"))
-        except OSError as error:
-            raise StorageError("cannot write %s: %s" % (self._state_path, error.strerror)) from error
 
     def read(self) -> dict:
         """The state last written; empty where there is none, or it cannot be read."""
@@ -4450,11 +4450,9 @@ class LocalSession:
 
     def start(self) -> None:
         """Read what the log holds already, then follow it in a thread.  Raises StorageError."""
-        try:
+        with Storing("read", self._log.path):
             for record in self._tail.read():
                 self._on_record(record)
-        except OSError as error:
-            raise StorageError("cannot read %s: %s" % (self._log.path, error.strerror)) from error
         for turn, status in self._resumed.delivered_at_the_end():
             self._finish(turn, status)
         self._thread.start()
@@ -8614,17 +8612,18 @@ def read_response(args: argparse.Namespace, log: MarkerLog) -> str | None:
 def command_traj(args: argparse.Namespace) -> int:
     """Show the calls of a trajectory."""
     try:
-        with open(args.file, "rb") if args.file != "-" else contextlib.nullcontext(standard_input()) as file:
+        with _opened(args.file) as file:
             is_whole = _show_calls(file, args)
             sys.stdout.buffer.flush()
     except BrokenPipeError:  # as of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    except OSError as error:
-        if error.filename is None:  # it is the output that cannot be written
-            raise
-        raise RockError("cannot read %s: %s" % (args.file, error.strerror)) from None
     return 0 if is_whole else EXIT_FAILED
+
+
+def _opened(path):
+    with Storing("read", path):
+        return open(path, "rb") if path != "-" else contextlib.nullcontext(standard_input())
 
 
 def _lines_of(file, path):

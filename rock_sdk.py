@@ -1601,10 +1601,8 @@ def _take(operation, place, given, arguments):
 
 def _hint(word, known):
     """The nearest of `known`, where it is near.  Long words, which take time, have none."""
-    from difflib import get_close_matches
-
-    near = get_close_matches(str(word)[:80], [one for one in known if len(one) < 80], 1)
-    return "; did you mean %r?" % near[0] if near else ""
+    near = rock_ms.nearest(str(word)[:80], [one for one in known if len(one) < 80])
+    return "; did you mean %r?" % near if near else ""
 
 
 def _checked(operation, arguments, body):
@@ -4732,12 +4730,21 @@ def fetch(pool: rock_ms.UpstreamPool, call: HTTPCall, client: object, seconds: f
         response.close()
 
 
+@contextlib.contextmanager
+def nobody():
+    """In place of a client's socket, one that never hangs up: nobody else waits."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours
+
+
 class NodeClient:
     """Asks nodes.  One for all of a manager's threads."""
 
     def __init__(self):
         self._pool = rock_ms.UpstreamPool({})
-        self._nobody = socket.socketpair()  # the client where nobody waits: one that never hangs up
+        self._ends = contextlib.ExitStack()
+        self._nobody = self._ends.enter_context(nobody())
 
     def is_there(self, node: Node) -> bool:
         """Whether our node answers."""
@@ -4754,7 +4761,7 @@ class NodeClient:
         """
         nonce = uuid.uuid4().hex
         path = "/identity?nonce=" + nonce
-        answer = self._send(node, "GET", path, (), None, self._nobody[0], ANSWER_SECONDS)[1]
+        answer = self._send(node, "GET", path, (), None, self._nobody, ANSWER_SECONDS)[1]
         if answer.get("output") != rock_ms.node_proof(node.api_key, nonce):
             raise rock_ms.UpstreamError("another program answers on its port")
 
@@ -4789,8 +4796,7 @@ class NodeClient:
     def close(self) -> None:
         """Close what is left."""
         self._pool.close()
-        for end in self._nobody:
-            end.close()
+        self._ends.close()
 
 
 class Operations:
@@ -5750,9 +5756,7 @@ class ToolServiceProxy:
         proxies = {} if urlsplit(call.url).hostname in LOCAL_HOSTS else rock_ms.http_proxies(os.environ)
         with contextlib.ExitStack() as stack:
             pool = stack.enter_context(contextlib.closing(rock_ms.UpstreamPool(proxies)))
-            client = self._client
-            if client is None:  # one that never hangs up
-                client = [stack.enter_context(end) for end in socket.socketpair()][0]
+            client = stack.enter_context(nobody()) if self._client is None else self._client
             return fetch(pool, call, client, CREATE_SECONDS)
 
 
@@ -6893,16 +6897,15 @@ def opened_model(llm: dict):
             raise UsageError(
                 "llm: %s %s%s" % (name, error, "" if name == "api_key" else ", got %r" % (value,))
             ) from None
-    client_end, our_end = socket.socketpair()  # the client that waits: one that never hangs up
     settings = rock_ms.ServiceSettings(type="proxy", proxy_base_url=url.rstrip("/"))
-    client = ModelClient(settings, _NoRecord(), logger)
-    try:
-        yield Model(client, llm["model"], Caller(our_end).with_key(api_key), options, llm.get("tool_calling", "prompt"))
-    finally:
-        client.stop()
-        client.close()
-        client_end.close()
-        our_end.close()
+    with nobody() as sock:
+        client = ModelClient(settings, _NoRecord(), logger)
+        try:
+            caller = Caller(sock).with_key(api_key)
+            yield Model(client, llm["model"], caller, options, llm.get("tool_calling", "prompt"))
+        finally:
+            client.stop()
+            client.close()
 
 
 class ModelClients:
@@ -8082,11 +8085,9 @@ def _check_lite(values, llm, more):
 
 def _check_for_tools(name):
     """Refuse, with ApiError 400, a field that is no doubt not meant for the tools."""
-    from difflib import get_close_matches
-
-    near = get_close_matches(name[:MAX_NAME_CHARACTERS], list(_LITE.takes), 1, 0.8)
+    near = rock_ms.nearest(name, list(_LITE.takes), 0.8)
     if near:
-        raise ApiError(400, "there is no field %s; did you mean %s?" % (name, near[0]), param=name)
+        raise ApiError(400, "there is no field %s; did you mean %s?" % (name, near), param=name)
     if name in ("self", "query", "history", "ref_doc", "params"):
         raise ApiError(400, "a field cannot be called %s" % name, param=name)
 
@@ -8152,8 +8153,7 @@ class AssistantServer(rock_ms.Server):
         except OSError as error:
             raise StorageError("cannot make %s: %s" % (upload_dir, error.strerror)) from None
         trajectory = rock_ms.Trajectory(settings.recording_file or os.path.join(data_dir, ASSISTANT_TRAJ_NAME), logger)
-        with trajectory.locked():  # or it would be noticed once a model has answered that nothing can be recorded
-            pass
+        trajectory.prepare()  # or it would be noticed once a model has answered that nothing can be recorded
         try:
             knowledge = KnowledgeBase(os.path.join(knowledge_dir, "files"))
         except NoTextSearch as error:  # which most agents do not need
